@@ -1,0 +1,136 @@
+"""What is said about a finished checkpoint: a report for programs, and a model card for people."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from vllm_gqsa.format import GqsaConfig
+from vllm_gqsa.offline.estimate import module_bytes
+from vllm_gqsa.offline.perplexity import Perplexity
+
+__all__ = ["REPORT_FILE", "make_report", "model_card"]
+
+REPORT_FILE = "gqsa_report.json"
+
+
+def make_report(
+    model: str,
+    command: str,
+    dense_bytes: int,
+    folder: Path,
+    config: GqsaConfig,
+    shapes: dict[str, tuple[int, int]],
+    dense: Perplexity,
+    compressed: Perplexity,
+) -> dict[str, Any]:
+    """Facts of a finished checkpoint, all counted or measured.
+
+    Args:
+        model: name of the dense model.
+        command: the command that made the checkpoint.
+        dense_bytes: size of the dense safetensors files.
+        folder: the checkpoint, its shards written.
+        config: its configuration.
+        shapes: ``(out_features, in_features)`` of every compressed linear.
+        dense: perplexity of the dense model.
+        compressed: perplexity of the checkpoint, on the same text.
+
+    Returns:
+        A JSON object. ``bits_per_weight`` counts the compressed linears alone; ``bytes`` counts all safetensors files.
+    """
+    weights = sum(rows * columns for rows, columns in shapes.values())
+    groups = weights // config.group_size
+    stored = sum(
+        module_bytes(*shape, config.modules[name].nnz, config.group_size) for name, shape in shapes.items()
+    )
+    return {
+        "model": model,
+        "command": command,
+        "group_size": config.group_size,
+        "pattern": config.pattern,
+        "modules": len(shapes),
+        "sparsity": 1 - sum(entry.nnz for entry in config.modules.values()) / groups,
+        "bits_per_weight": 8 * stored / weights,
+        "compressed_weights": weights,
+        "bytes": sum(path.stat().st_size for path in folder.glob("*.safetensors")),
+        "dense_bytes": dense_bytes,
+        "perplexity": compressed.to_json(),
+        "dense_perplexity": dense.to_json(),
+    }
+
+
+_CARD = """\
+---
+library_name: vllm
+tags: [gqsa, int4, group-sparse]
+{base_model}---
+
+# {name}, GQSA W4 S{percent} G{group_size}
+
+{model} with its linear layers compressed by vllm-gqsa: {percent} % of the groups of 1 x {group_size} weights are
+pruned (pattern `{pattern}`), the others are INT4 with a scale and a zero point each. One-shot: no training.
+
+| | dense | this checkpoint |
+| --- | --- | --- |
+| safetensors files | {dense_mb:.1f} MB | {mb:.1f} MB |
+| bits a weight in the {modules} compressed linears | as stored | {bits_per_weight:.2f} |
+| perplexity ({windows} windows of {context} tokens, float32) | {dense_ppl} | {ppl} |
+
+Perplexity was measured block by block while the checkpoint was made, on: {text}.{note}
+
+## Made by
+
+```
+{command}
+```
+
+## Use
+
+`pip install vllm-gqsa` beside vLLM, then
+
+```
+vllm serve {folder} --quantization gqsa
+```
+
+or with plain transformers, where the first import is needed (without it, transformers warns and returns random weights):
+
+```python
+import vllm_gqsa.hf
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{folder}")
+```
+"""
+
+
+def model_card(report: dict[str, Any], folder: str = "path/to/this/folder") -> str:
+    """The README.md of a checkpoint, from its report."""
+    name = Path(report["model"]).name
+    is_hub_name = report["model"].count("/") == 1 and not Path(report["model"]).exists()
+    note = ""
+    if report["group_size"] == 16 and report["sparsity"] < 0.2 - 1e-9:
+        note = " At this sparsity the linears are larger than dense INT4 with groups of 128 would be."
+    return _CARD.format(
+        base_model=f"base_model: {report['model']}\n" if is_hub_name else "",
+        name=name,
+        model=report["model"],
+        percent=round(100 * report["sparsity"]),
+        group_size=report["group_size"],
+        pattern=report["pattern"],
+        modules=report["modules"],
+        bits_per_weight=report["bits_per_weight"],
+        mb=report["bytes"] / 1e6,
+        dense_mb=report["dense_bytes"] / 1e6,
+        windows=report["perplexity"]["windows"],
+        context=report["perplexity"]["context"],
+        text=report["perplexity"]["text"],
+        ppl=_figure(report["perplexity"]["perplexity"]),
+        dense_ppl=_figure(report["dense_perplexity"]["perplexity"]),
+        command=report["command"],
+        folder=folder,
+        note=note,
+    )
+
+
+def _figure(value: float) -> str:
+    return f"{value:.2f}" if math.isfinite(value) and value < 1e5 else f"{value:.3g}"

@@ -1,0 +1,331 @@
+"""The ``gqsa`` command line: thin; everything it does is a function elsewhere in this package."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from vllm_gqsa.format import FormatError, parse_pattern
+from vllm_gqsa.offline.errors import InputError
+from vllm_gqsa.offline.recipe import Importance, Recipe
+
+__all__ = ["main"]
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Make, look at, check and measure GQSA checkpoints: group-sparse INT4 language models for vLLM.",
+)
+# What a program may read goes to stdout, everything else to stderr.
+_out = Console()
+_err = Console(stderr=True)
+
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Folder or hub name of a dense Hugging Face model.")]
+CheckpointArgument = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Folder of a GQSA checkpoint.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+Device = Annotated[str, typer.Option(help="torch device that computes, for example cpu or cuda.")]
+Batch = Annotated[int, typer.Option(min=1, help="Windows at a time through a block; less takes less memory.")]
+Column = Annotated[str, typer.Option(help="Column of a .jsonl, .parquet or dataset that holds the text.")]
+Sparsity = Annotated[float | None, typer.Option(help="Share of groups to prune, 0 to below 1.  [default: 0.5, or that of --pattern n:m]")]
+GroupSize = Annotated[int, typer.Option(help="Input features a group: 8, 16, 32, 64 or 128.")]
+Pattern = Annotated[str, typer.Option(help="Scope of the mask: row (every row keeps the same number), matrix, or n:m (n of m adjacent groups).")]
+ImportanceOption = Annotated[Importance, typer.Option(help="How a group's importance is computed from the Hessian.")]
+Compensate = Annotated[bool, typer.Option(help="Let later weights take up the error of pruning and rounding earlier ones.")]
+Damping = Annotated[float, typer.Option(help="Share of the Hessian's mean diagonal that is added to it.")]
+Samples = Annotated[int, typer.Option(min=1, help="Calibration windows.")]
+Context = Annotated[int, typer.Option(min=2, help="Tokens a window.")]
+Seed = Annotated[int, typer.Option(help="Chooses the calibration windows.")]
+Ignore = Annotated[list[str] | None, typer.Option(help="Linear to leave dense: a full module name, or re: and a regular expression. May be given several times.")]
+
+
+def main() -> None:
+    """Entry point: errors a person can mend become one sentence on stderr and exit code 2."""
+    try:
+        app()
+    except (InputError, FormatError) as error:
+        _err.print(f"[bold red]error:[/] {error}", markup=True, highlight=False, soft_wrap=True)
+        sys.exit(2)
+
+
+def _recipe(**settings: Any) -> Recipe:  # noqa: ANN401
+    """A recipe from options; ``n:m`` brings its own sparsity."""
+    if settings["sparsity"] is None:
+        settings["sparsity"] = 0.5
+        if ":" in settings["pattern"]:
+            try:
+                n, m = parse_pattern(settings["pattern"])
+            except ValueError as error:
+                raise InputError(str(error)) from error
+            settings["sparsity"] = 1 - n / m
+    settings["ignore"] = ("lm_head", *(settings["ignore"] or ()))
+    try:
+        return Recipe(**settings)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        option = "--" + str(first["loc"][0]).replace("_", "-") + ": " if first["loc"] else ""
+        raise InputError(option + first["msg"].removeprefix("Value error, ")) from error
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar for every phase, with the time left, on stderr."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=_err) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def report(phase: str, done: int, total: int) -> None:
+            if phase not in tasks:
+                tasks[phase] = bars.add_task(phase, total=total)
+            bars.update(tasks[phase], completed=done)
+            if not _err.is_terminal and (done == total or done % max(1, total // 10) == 0):
+                _err.print(f"{phase}: {done} of {total}")
+
+        yield report
+
+
+def _facts(title: str, rows: dict[str, str]) -> None:
+    table = Table(title=title, show_header=False)
+    for name, value in rows.items():
+        table.add_row(name, value)
+    _out.print(table)
+
+
+def _megabytes(count: float) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+@app.command()
+def compress(
+    model: ModelArgument,
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder to write; a run that was cut short goes on in it.")],
+    calibration: Annotated[str, typer.Option(help="Text: a .txt, .jsonl or .parquet file, or a datasets name (name:config).")],
+    sparsity: Sparsity = None,
+    group_size: GroupSize = 16,
+    pattern: Pattern = "row",
+    importance: ImportanceOption = "obs",
+    compensate: Compensate = True,
+    damping: Damping = 0.01,
+    samples: Samples = 128,
+    context: Context = 512,
+    seed: Seed = 0,
+    ignore: Ignore = None,
+    split: Annotated[str, typer.Option(help="Split of a dataset.")] = "train",
+    column: Column = "text",
+    eval_text: Annotated[str | None, typer.Option(help="Text for the perplexities of the model card.  [default: the end of the calibration text, held out]")] = None,
+    eval_windows: Annotated[int, typer.Option(min=1, help="Measure them on at most this many windows.")] = 16,
+    device: Device = "cpu",
+    batch: Batch = 8,
+    restart: Annotated[bool, typer.Option("--restart", help="Throw away what an earlier run left in OUTPUT.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Compress a dense model: prune groups by Hessian importance, the rest to INT4.
+
+    One transformer block is in memory at a time. Start the same command again after an interruption: it goes on
+    where it stopped, and ends with the same bytes.
+    """
+    from vllm_gqsa.offline.pipeline import Job, compress as run
+    from vllm_gqsa.offline.text import TextSource
+
+    recipe = _recipe(
+        sparsity=sparsity, group_size=group_size, pattern=pattern, importance=importance, compensate=compensate,
+        damping=damping, samples=samples, context=context, seed=seed, ignore=ignore,
+    )  # fmt: skip
+    job = Job(
+        model=model, output=output, recipe=recipe, calibration=TextSource(calibration, split, column),
+        evaluation=None if eval_text is None else TextSource(eval_text, split, column),
+        evaluation_windows=eval_windows, device=device, batch=batch, restart=restart,
+    )  # fmt: skip
+    with _progress() as progress:
+        report = run(job, progress)
+    if as_json:
+        print(json.dumps(report))
+        return
+    _facts(
+        str(output),
+        {
+            "safetensors files": f"{_megabytes(report['bytes'])} (dense {_megabytes(report['dense_bytes'])})",
+            "bits a weight, compressed linears": f"{report['bits_per_weight']:.2f}",
+            "pruned groups": f"{100 * report['sparsity']:.1f} %",
+            "perplexity": f"{report['perplexity']['perplexity']:.3f} (dense "
+            f"{report['dense_perplexity']['perplexity']:.3f}), {report['perplexity']['tokens']} tokens",
+        },
+    )
+    _out.print(f"serve it: vllm serve {output} --quantization gqsa", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def estimate(
+    model: ModelArgument,
+    sparsity: Sparsity = None,
+    group_size: GroupSize = 16,
+    pattern: Pattern = "row",
+    compensate: Compensate = True,
+    samples: Samples = 128,
+    context: Context = 512,
+    ignore: Ignore = None,
+    device: Device = "cpu",
+    batch: Batch = 8,
+    as_json: Json = False,
+) -> None:
+    """Say what compressing would cost: memory, disk, size of the result, rough time. Reads no weights."""
+    from vllm_gqsa.offline.estimate import estimate as run
+    from vllm_gqsa.offline.families import family_of
+    from vllm_gqsa.offline.pipeline import check_layers
+    from vllm_gqsa.offline.source import DenseModel
+
+    recipe = _recipe(
+        sparsity=sparsity, group_size=group_size, pattern=pattern, compensate=compensate, samples=samples,
+        context=context, ignore=ignore,
+    )  # fmt: skip
+    dense = DenseModel(model)
+    family = family_of(dense.config.model_type)
+    costs = run(dense, family, recipe, check_layers(dense, family, recipe), batch=batch, device=device)
+    if as_json:
+        print(json.dumps(costs.to_json()))
+        return
+    _facts(
+        f"compressing {model}",
+        {
+            "linears": f"{costs.modules} in {costs.blocks} blocks, {costs.compressed_weights / 1e6:.1f} M weights",
+            "peak memory": f"{_megabytes(costs.peak_memory_bytes)}, beside 0.6 GB for Python and torch",
+            "disk": _megabytes(costs.disk_bytes),
+            "result": f"{_megabytes(costs.output_bytes)} (dense {_megabytes(costs.dense_bytes)})",
+            "bits a weight, compressed linears": f"{costs.bits_per_weight:.2f}",
+            "time": f"roughly {_duration(costs.seconds)} on {device} ({costs.gflops:.0f} GFLOP/s measured)",
+        },
+    )
+    if costs.bits_per_weight > _DENSE_INT4_BITS:
+        _out.print(f"at this setting dense INT4 with groups of 128 ({_DENSE_INT4_BITS} bits a weight) is smaller")
+
+
+_DENSE_INT4_BITS = 4.125
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+@app.command("inspect")
+def inspect_command(
+    checkpoint: CheckpointArgument,
+    plot: Annotated[Path | None, typer.Option(help="Also draw sparsity and bits a weight over the blocks, as a PNG.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show the compressed linears of a checkpoint: shape, sparsity, nnz, bits a weight, and totals."""
+    from vllm_gqsa.offline import inspect
+
+    found = inspect.inspect_checkpoint(checkpoint)
+    if plot is not None:
+        inspect.plot(found, plot)
+    if as_json:
+        print(json.dumps(found.to_json()))
+        return
+    table = Table(title=str(checkpoint))
+    for heading in ("module", "out x in", "sparsity", "nnz", "a row", "bits a weight"):
+        table.add_column(heading, justify="left" if heading == "module" else "right")
+    for m in found.modules:
+        table.add_row(
+            m.name,
+            f"{m.out_features} x {m.in_features}",
+            f"{100 * m.sparsity:.1f} %",
+            str(m.nnz),
+            f"{m.row_nnz_min}" if m.row_nnz_min == m.row_nnz_max else f"{m.row_nnz_min}..{m.row_nnz_max}",
+            f"{m.bits_per_weight:.3f}",
+        )
+    _out.print(table)
+    _facts(
+        "in all",
+        {
+            "compressed linears": f"{len(found.modules)}, {found.compressed_weights / 1e6:.1f} M weights",
+            "sparsity": f"{100 * found.sparsity:.1f} % of groups of {found.group_size}, pattern {found.pattern}",
+            "bits a weight": f"{found.bits_per_weight:.3f}",
+            "bytes": f"{_megabytes(found.compressed_bytes)} compressed, {_megabytes(found.bytes)} with all else",
+        },
+    )
+
+
+@app.command()
+def verify(
+    checkpoint: CheckpointArgument,
+    against: Annotated[str | None, typer.Option(metavar="DENSE", help="Dense model it was made from: recompute and compare logits.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Check every rule of the format; exit code 0 only if all of it is valid."""
+    from vllm_gqsa.offline import verify as checks
+
+    with _progress() as progress:
+        modules = checks.verify_checkpoint(checkpoint, lambda done, total: progress("verifying", done, total))
+    comparison = None if against is None else checks.compare(checkpoint, against)
+    if comparison is not None and comparison.twin_max_difference != 0:
+        raise FormatError(
+            f"{checkpoint}: logits differ by {comparison.twin_max_difference:g} from those of the expanded weights"
+        )
+    if as_json:
+        facts = None if comparison is None else comparison.to_json()
+        print(json.dumps({"checkpoint": str(checkpoint), "valid": True, "modules": modules, "against": facts}))
+        return
+    _out.print(f"{checkpoint}: valid, {modules} compressed linears", highlight=False, soft_wrap=True)
+    if comparison is not None:
+        _facts(
+            f"logits, {comparison.tokens} tokens, float32",
+            {
+                "largest difference from the expanded weights": f"{comparison.twin_max_difference:g}",
+                "largest difference from the dense model": f"{comparison.dense_max_difference:.3f}",
+                "mean KL divergence from the dense model": f"{comparison.mean_kl:.4f} nats",
+                "same most likely token": f"{100 * comparison.same_best:.0f} %",
+            },
+        )
+
+
+@app.command("eval")
+def eval_command(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Dense model or GQSA checkpoint: folder or hub name.")],
+    text: Annotated[str, typer.Option(help="Text: a .txt, .jsonl or .parquet file, or a datasets name (name:config).")],
+    split: Annotated[str, typer.Option(help="Split of a dataset.")] = "test",
+    column: Column = "text",
+    context: Annotated[int, typer.Option(min=2, help="Tokens a window; perplexities at other contexts do not compare.")] = 2048,
+    max_windows: Annotated[int | None, typer.Option(min=1, help="Use only the first windows.  [default: all]")] = None,
+    engine: Annotated[Literal["transformers", "vllm"], typer.Option(help="What runs the model.")] = "transformers",
+    dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Activations.")] = "float32",
+    device: Annotated[str, typer.Option(help="torch device of the transformers engine; vLLM chooses its own.")] = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Measure perplexity: the text is joined, cut into windows without overlap, and the loss averaged."""
+    from vllm_gqsa.offline.perplexity import evaluate
+    from vllm_gqsa.offline.text import TextSource
+
+    with _progress() as progress:
+        found = evaluate(
+            model, TextSource(text, split, column), context=context, max_windows=max_windows, engine=engine,
+            dtype=dtype, device=device, progress=lambda done, total: progress("windows", done, total),
+        )  # fmt: skip
+    if as_json:
+        print(json.dumps({"model": model, "engine": engine, "dtype": dtype, **found.to_json()}))
+        return
+    _out.print(
+        f"perplexity {found.perplexity:.4f} ({found.windows} windows of {found.context} tokens, {engine}, {dtype})",
+        highlight=False,
+    )
+
+
+if __name__ == "__main__":
+    main()

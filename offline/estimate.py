@@ -1,0 +1,138 @@
+"""What a compression will cost, before an hour is spent on it."""
+
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from vllm_gqsa.offline.families import Family
+from vllm_gqsa.offline.recipe import Recipe
+from vllm_gqsa.offline.source import DenseModel
+from vllm_gqsa.offline.stream import meta_model
+
+__all__ = ["Estimate", "estimate", "module_bytes"]
+
+_REPORTED_WINDOWS = 16
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Costs of one compression.
+
+    Attributes:
+        blocks: transformer blocks.
+        modules: linears that are compressed.
+        compressed_weights: weights in them.
+        bits_per_weight: of those linears; exact except for ties between rounding of rows and matrices.
+        output_bytes: safetensors files of the checkpoint.
+        dense_bytes: safetensors files of the dense model.
+        disk_bytes: needed free in the output folder.
+        peak_memory_bytes: beside what Python and torch take themselves (about 0.6 GB).
+        seconds: rough; from this machine's measured speed of a float32 matrix product.
+        gflops: that speed, in 10^9 floating point operations a second.
+    """
+
+    blocks: int
+    modules: int
+    compressed_weights: int
+    bits_per_weight: float
+    output_bytes: int
+    dense_bytes: int
+    disk_bytes: int
+    peak_memory_bytes: int
+    seconds: float
+    gflops: float
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain dictionary."""
+        return asdict(self)
+
+
+def module_bytes(out_features: int, in_features: int, nnz: int, group_size: int) -> int:
+    """Bytes of the four tensors of a compressed linear."""
+    bitmap = out_features * -(-(in_features // group_size) // 8)
+    return 4 * (out_features + 1) + bitmap + nnz * (group_size // 2 + 2)
+
+
+def estimate(
+    model: DenseModel, family: Family, recipe: Recipe, shapes: dict[str, tuple[int, int]], *, batch: int, device: str
+) -> Estimate:
+    """Estimate the costs of compressing ``model`` by ``recipe``.
+
+    Args:
+        model: the dense model; only headers are read.
+        family: its description.
+        recipe: the settings.
+        shapes: ``(out_features, in_features)`` of the linears to compress.
+        batch: windows at a time.
+        device: where the work would be done; its speed is measured for half a second.
+    """
+    skeleton = meta_model(model.config)
+    blocks = skeleton.get_submodule(family.blocks)
+    count = len(blocks)  # type: ignore[arg-type]
+    g = recipe.group_size
+    weights = sum(rows * columns for rows, columns in shapes.values())
+    stored = sum(module_bytes(r, c, r * round(c // g * (1 - recipe.sparsity)), g) for r, c in shapes.values())
+    replaced = sum(r * c for r, c in shapes.values()) * _bytes_per_weight(model)
+    output = model.nbytes - replaced + stored
+    gflops = _gflops(device)
+    return Estimate(
+        blocks=count,
+        modules=len(shapes),
+        compressed_weights=weights,
+        bits_per_weight=8 * stored / weights,
+        output_bytes=output,
+        dense_bytes=model.nbytes,
+        disk_bytes=output + output // count,
+        peak_memory_bytes=_peak(skeleton, blocks, family, recipe, batch),
+        seconds=_operations(recipe, family, shapes, skeleton) / (gflops * 1e9),
+        gflops=gflops,
+    )
+
+
+def _bytes_per_weight(model: DenseModel) -> int:
+    dtype = getattr(model.config, "dtype", None) or torch.float32
+    return torch.empty(0, dtype=dtype).element_size()
+
+
+def _peak(skeleton: Any, blocks: Any, family: Family, recipe: Recipe, batch: int) -> int:  # noqa: ANN401
+    """The larger of the two peaks: compressing a block, and the logits of the perplexity."""
+    config = skeleton.config
+    hidden, tokens = config.hidden_size, recipe.samples * recipe.context
+    block = max(sum(p.numel() for p in b.parameters()) for b in blocks)
+    outside = sum(p.numel() for p in skeleton.parameters()) - sum(p.numel() for p in blocks.parameters())
+    widths = [blocks.get_submodule(f"0.{names[0]}").weight.shape[1] for names in family.linears]
+    widest = max(p.numel() for p in blocks[0].parameters())
+    # Hessians of all inputs; the inverse, its factor and two temporaries of the widest; a linear's copies.
+    working = sum(k * k for k in widths) + 4 * max(widths) ** 2 + 3 * widest
+    activations = batch * recipe.context * (4 * hidden + 3 * max(widths))
+    streams = hidden * (tokens + _REPORTED_WINDOWS * recipe.context)
+    logits = 3 * recipe.context * config.vocab_size
+    return 4 * (outside + block + streams + max(working + activations, logits))
+
+
+def _operations(recipe: Recipe, family: Family, shapes: dict[str, tuple[int, int]], skeleton: Any) -> float:  # noqa: ANN401
+    """Floating point operations, weighted by how far each part stays below a large matrix product's speed."""
+    tokens = recipe.samples * recipe.context
+    weights = sum(r * c for r, c in shapes.values())
+    # Twice through each block to calibrate, once dense and once compressed to measure.
+    forward = 2.0 * weights * (2 * tokens + 2 * _REPORTED_WINDOWS * recipe.context)
+    firsts = {names[0] for names in family.linears}
+    inputs = [c for name, (_, c) in shapes.items() if name.endswith(tuple(firsts))]
+    hessians = sum(2.0 * tokens * k * k + 2.0 * k**3 for k in inputs)
+    # The column-by-column update runs at memory speed, about a twentieth of a matrix product's.
+    updates = sum(1.0 * r * c * c + 20 * r * c * 128 for r, c in shapes.values()) if recipe.compensate else 0
+    head = 2.0 * skeleton.config.hidden_size * skeleton.config.vocab_size * 2 * _REPORTED_WINDOWS * recipe.context
+    return forward + hessians + updates + head
+
+
+def _gflops(device: str) -> float:
+    size = 1024
+    a = torch.rand(size, size, device=device)
+    float((a @ a)[0, 0])  # warm up
+    begin, products = time.perf_counter(), 0
+    while time.perf_counter() - begin < 0.5:
+        float((a @ a)[0, 0])
+        products += 1
+    return 2 * size**3 * products / (time.perf_counter() - begin) / 1e9

@@ -1,0 +1,121 @@
+"""Files that are either whole or not there, and the folder of a run that can be continued."""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from vllm_gqsa.format import read_json
+from vllm_gqsa.offline.errors import InputError
+
+__all__ = ["RUN_FILE", "digest_files", "digest_tensor", "open_run", "write_atomically", "write_json", "write_tensors"]
+
+RUN_FILE = "gqsa_run.json"
+"""Says what a folder is made of: its fingerprint. Written first, and kept as a record."""
+_PARTIAL = ".partial-"
+_EDGE = 1 << 20
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Let ``write`` make a temporary file beside ``path``, flush it to the disk, and rename it."""
+    temporary = path.with_name(_PARTIAL + path.name)
+    write(temporary)
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object atomically."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    write_atomically(path, lambda p: p.write_text(text, encoding="utf-8") and None)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write a safetensors file atomically."""
+    whole = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    write_atomically(path, lambda p: save_file(whole, p, metadata={"format": "pt"}))
+
+
+def digest_tensor(tensor: torch.Tensor) -> str:
+    """SHA-256 of a CPU tensor's bytes, hexadecimal."""
+    return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
+
+
+def digest_files(paths: list[Path]) -> str:
+    """SHA-256 over names, sizes, and the first and last MiB of files: quick, and enough to tell models apart."""
+    digest = hashlib.sha256()
+    for path in paths:
+        size = path.stat().st_size
+        digest.update(f"{path.name}\0{size}\0".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(_EDGE))
+            file.seek(max(0, size - _EDGE))
+            digest.update(file.read())
+    return digest.hexdigest()
+
+
+@contextmanager
+def open_run(folder: Path, run: Mapping[str, Any], *, restart: bool) -> Iterator[None]:
+    """Take possession of an output folder: begin it, or go on with it if it was begun the same way.
+
+    Args:
+        folder: the output folder.
+        run: the fingerprint: everything that determines the result.
+        restart: throw away what an earlier run left.
+
+    Raises:
+        InputError: the folder holds something else, belongs to a run with another fingerprint, or is in use.
+    """
+    record = folder / RUN_FILE
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: is a file; name a folder")
+    if restart and record.exists():
+        shutil.rmtree(folder)
+    if folder.is_dir() and not record.exists() and any(not p.name.startswith(_PARTIAL) for p in folder.iterdir()):
+        raise InputError(f"{folder}: is not empty and was not begun by gqsa compress; choose another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{folder}: another gqsa compress is writing to it") from None
+        for leftover in folder.glob(_PARTIAL + "*"):
+            leftover.unlink()
+        if record.exists():
+            _compare(folder, read_json(record), json.loads(json.dumps(run)))
+        else:
+            write_json(record, run)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _compare(folder: Path, old: Any, new: Any, key: str = "") -> None:  # noqa: ANN401 - JSON values
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in sorted(old.keys() | new.keys()):
+            _compare(folder, old.get(name), new.get(name), f"{key}.{name}" if key else name)
+    elif old != new:
+        raise InputError(
+            f"{folder}: was begun with {key} = {_short(old)}, now it is {_short(new)}; choose another folder, or "
+            "--restart to throw away what is there"
+        )
+
+
+def _short(value: Any) -> str:  # noqa: ANN401
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

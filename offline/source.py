@@ -1,0 +1,116 @@
+"""A dense model on disk: its configuration, its tokenizer and its tensors, one at a time."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoTokenizer
+
+from vllm_gqsa.format import FormatError, TensorFiles, read_json
+from vllm_gqsa.offline.errors import InputError
+
+__all__ = ["DenseModel", "model_folder"]
+
+
+def model_folder(name: str) -> Path:
+    """The folder of a model: a local one as it is, a hub name downloaded (safetensors and tokenizer only).
+
+    Raises:
+        InputError: neither a folder with a config.json nor a hub model that can be downloaded.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        if not (folder / "config.json").exists():
+            raise InputError(f"{folder}: has no config.json; give the folder of a Hugging Face model")
+        return folder
+    from huggingface_hub import snapshot_download  # noqa: PLC0415 - only for hub names
+    from huggingface_hub.errors import HFValidationError  # noqa: PLC0415
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except (OSError, ValueError, HFValidationError) as error:
+        raise InputError(f"{name}: is neither a folder nor a hub model that can be downloaded: {error}") from error
+
+
+class DenseModel:
+    """A dense model folder.
+
+    Attributes:
+        folder: where it lies.
+        raw_config: config.json as it stands.
+        config: the same as transformers understands it.
+    """
+
+    def __init__(self, name: str) -> None:
+        """Open the model; no weights are read yet.
+
+        Raises:
+            InputError: not a model folder, no safetensors, an unknown architecture, or quantised already.
+        """
+        self.folder = model_folder(name)
+        try:
+            self.raw_config = read_json(self.folder / "config.json")
+            self.config: Any = AutoConfig.from_pretrained(self.folder)
+            self._files = TensorFiles(self.folder)
+        except FormatError as error:
+            if any(self.folder.glob("*.bin")):
+                raise InputError(
+                    f"{self.folder}: holds pickled weights (.bin), which are never read; load it once with transformers "
+                    "and save_pretrained() it as safetensors"
+                ) from error
+            raise InputError(str(error)) from error
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(f"{self.folder}/config.json: transformers cannot read it: {error}") from error
+        if "quantization_config" in self.raw_config:
+            method = (self.raw_config["quantization_config"] or {}).get("quant_method")
+            raise InputError(f"{self.folder}: is quantised already ({method}); give the dense model")
+
+    def tokenizer(self) -> Any:  # noqa: ANN401 - transformers chooses the class
+        """The tokenizer.
+
+        Raises:
+            InputError: there is none in the folder.
+        """
+        return load_tokenizer(self.folder)
+
+    def _stored_name(self, name: str) -> str:
+        """Name in the files; some checkpoints leave out the ``model.`` that the causal LM puts in front."""
+        short = name.removeprefix("model.")
+        return short if name not in self._files and short in self._files else name
+
+    def __contains__(self, name: str) -> bool:
+        return self._stored_name(name) in self._files
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, without reading it."""
+        return self._files.shape(self._stored_name(name))
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """One tensor as stored.
+
+        Raises:
+            FormatError: it is missing or unreadable.
+        """
+        return self._files.tensor(self._stored_name(name))
+
+    def files(self) -> list[Path]:
+        """The safetensors files, sorted."""
+        return sorted(set(self._files.file_of.values()))
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the safetensors files."""
+        return sum(path.stat().st_size for path in self.files())
+
+
+def load_tokenizer(folder: Path) -> Any:  # noqa: ANN401
+    """The tokenizer of a model folder.
+
+    Raises:
+        InputError: there is none that transformers can load.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{folder}: has no tokenizer that transformers can load: {error}") from error

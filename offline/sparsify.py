@@ -1,0 +1,77 @@
+"""One linear, dense to group-sparse INT4, without training."""
+
+import torch
+
+from vllm_gqsa.format import GroupSparseMatrix, quantize_groups
+from vllm_gqsa.offline.importance import InverseHessian, group_importance
+from vllm_gqsa.offline.mask import choose_groups
+from vllm_gqsa.offline.recipe import Recipe
+
+__all__ = ["compensated", "sparsify"]
+
+_SPAN = 128
+"""Columns between two updates of all later columns (a multiple of every group size)."""
+
+
+def sparsify(weight: torch.Tensor, inverse: InverseHessian, recipe: Recipe) -> GroupSparseMatrix:
+    """Choose the groups to keep and quantise them.
+
+    Args:
+        weight: floating point ``[N, K]``.
+        inverse: of the linear's input, ``K`` wide.
+        recipe: sparsity, pattern, importance, group size, compensation.
+
+    Raises:
+        ValueError: the weight is not finite, or pattern or group size do not fit its shape.
+    """
+    weight = weight.float().clone()
+    if not torch.isfinite(weight).all():
+        raise ValueError("the weight holds infinite or NaN values")
+    weight[:, inverse.dead] = 0
+    scores = group_importance(weight, inverse, recipe.group_size, recipe.importance)
+    keep = choose_groups(scores, recipe.sparsity, recipe.pattern)
+    if not recipe.compensate:
+        return GroupSparseMatrix.from_dense(weight, keep, recipe.group_size)
+    return compensated(weight, keep, inverse.upper, recipe.group_size)
+
+
+def compensated(
+    weight: torch.Tensor, keep: torch.Tensor, upper: torch.Tensor, group_size: int
+) -> GroupSparseMatrix:
+    """Prune and quantise column by column, later columns taking up the error of earlier ones.
+
+    The order and the update are those of GPTQ (arXiv 2210.17323) and SparseGPT (arXiv 2301.00774), for a mask
+    that is given. A group's scale and zero point are fixed when its first column is reached.
+
+    Args:
+        weight: float32 ``[N, K]``; used up.
+        keep: bool ``[N, K / G]``.
+        upper: U of :class:`InverseHessian`, ``[K, K]``.
+        group_size: G.
+    """
+    rows, columns = weight.shape
+    groups = columns // group_size
+    codes = torch.zeros(groups, rows, group_size, dtype=torch.uint8, device=weight.device)
+    scales = torch.zeros(groups, rows, device=weight.device)
+    zeros = torch.zeros(groups, rows, dtype=torch.uint8, device=weight.device)
+    for start in range(0, columns, _SPAN):
+        stop = min(start + _SPAN, columns)
+        # Columns as rows of a contiguous copy: every step below then touches contiguous memory.
+        span = weight[:, start:stop].T.contiguous()
+        factor = upper[start:stop, start:stop]
+        errors = torch.empty_like(span)
+        for first in range(0, stop - start, group_size):
+            g = (start + first) // group_size
+            kept = keep[:, g].float()
+            _, scales[g], zeros[g] = quantize_groups(span[first : first + group_size].T.contiguous())
+            scale, zero = scales[g], zeros[g].float()
+            for j in range(first, first + group_size):
+                code = (span[j] / scale).round_().add_(zero).clamp_(0, 15)
+                codes[g, :, j - first] = code.to(torch.uint8)
+                quantised = code.sub_(zero).mul_(scale).mul_(kept)
+                torch.sub(span[j], quantised, out=errors[j]).div_(factor[j, j])
+                span[j + 1 :].addr_(factor[j, j + 1 :], errors[j], alpha=-1)
+        weight[:, stop:].addmm_(errors.T, upper[start:stop, stop:], alpha=-1)
+    return GroupSparseMatrix.from_codes(
+        codes.transpose(0, 1)[keep], scales.T[keep], zeros.T[keep], keep
+    )

@@ -1,0 +1,188 @@
+"""A causal language model run block by block, so that one transformer block is in memory at a time."""
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from vllm_gqsa.offline.errors import InputError
+from vllm_gqsa.offline.families import Family
+
+__all__ = ["BlockRunner", "ModelStream", "TensorSource", "meta_model"]
+
+
+class TensorSource(Protocol):
+    """Anything that hands out dense tensors by their name in the causal language model."""
+
+    def __contains__(self, name: str) -> bool: ...
+    def tensor(self, name: str) -> torch.Tensor:
+        """The tensor, on the CPU, in any floating-point dtype."""
+        ...
+
+
+def meta_model(config: Any) -> nn.Module:  # noqa: ANN401 - transformers chooses the class
+    """The model of a transformers config without any memory for weights.
+
+    Raises:
+        InputError: transformers has no causal language model for it.
+    """
+    try:
+        with torch.device("meta"):
+            model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"transformers cannot build a causal language model from config.json: {error}") from error
+    return model.eval()
+
+
+class _Recorder(nn.Module):
+    """Stands in for a block: notes what it is called with and hands the hidden states on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kwargs: dict[str, Any] = {}
+        self.hidden: torch.Tensor | None = None
+        self.replacement: torch.Tensor | None = None
+
+    def forward(self, hidden: torch.Tensor, **kwargs: Any) -> torch.Tensor:  # noqa: ANN401
+        self.kwargs, self.hidden = kwargs, hidden
+        return hidden if self.replacement is None else self.replacement
+
+
+class BlockRunner:
+    """One block with its weights, and the arguments the model calls it with."""
+
+    def __init__(self, module: nn.Module, kwargs: dict[str, Any]) -> None:
+        self.module = module
+        self._kwargs = kwargs
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states ``[batch, context, hidden_size]`` through the block."""
+        out = self.module(hidden, **self._kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+    def advance(self, hidden: torch.Tensor, batch: int, device: torch.device) -> None:
+        """Replace hidden states ``[windows, context, hidden_size]`` by the block's output, in place."""
+        with torch.no_grad():
+            for start in range(0, hidden.shape[0], batch):
+                part = hidden[start : start + batch]
+                part.copy_(self(part.to(device)))
+
+
+class ModelStream:
+    """Everything of a model but its blocks stays loaded; blocks come one at a time. Computes in float32."""
+
+    def __init__(self, source: TensorSource, config: Any, family: Family, device: torch.device) -> None:  # noqa: ANN401
+        """Load what stands outside the blocks.
+
+        Raises:
+            FormatError: a tensor is missing.
+            InputError: a tensor has another shape than the config says.
+        """
+        self._source = source
+        self._family = family
+        self.device = device
+        self._model = meta_model(config)
+        self._model.config.use_cache = False
+        self._blocks: nn.ModuleList = self._model.get_submodule(family.blocks)  # type: ignore[assignment]
+        self._recorders = [_Recorder() for _ in self._blocks]
+        parent, _, attribute = family.blocks.rpartition(".")
+        setattr(self._model.get_submodule(parent), attribute, nn.ModuleList(self._recorders))
+        self._load(self._model, "")
+        if config.tie_word_embeddings:
+            self._model.tie_weights()
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def _load(self, module: nn.Module, prefix: str) -> None:
+        """Give every meta parameter and buffer under ``module`` its value."""
+        tied = self._model.config.tie_word_embeddings
+        for name, child in list(module.named_modules()):
+            if any(b.is_meta for b in child.buffers(recurse=False)):
+                # Buffers that no checkpoint holds (rotary frequencies): made anew from the configuration.
+                fresh = type(child)(config=self._model.config).to(self.device)
+                module.set_submodule(name, fresh)
+        for name, parameter in list(module.named_parameters()):
+            if tied and prefix + name == "lm_head.weight" and prefix + name not in self._source:
+                continue
+            value = self._source.tensor(prefix + name)
+            if value.shape != parameter.shape:
+                raise InputError(
+                    f"{prefix}{name} has shape {tuple(value.shape)}, config.json asks for {tuple(parameter.shape)}"
+                )
+            owner, _, leaf = name.rpartition(".")
+            # A copy: tensors read from a file share its memory, and stages write to the weights of a block.
+            value = value.to(self.device, torch.float32, copy=True)
+            setattr(module.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+
+    @torch.no_grad()
+    def embed(self, tokens: torch.Tensor, batch: int) -> torch.Tensor:
+        """Token windows ``[windows, context]`` to the hidden states ``[windows, context, hidden_size]`` of block 0."""
+        parts = []
+        for start in range(0, tokens.shape[0], batch):
+            self._forward(tokens[start : start + batch])
+            parts.append(self._first().cpu())
+        self._forward(tokens[:1])  # leaves each block's arguments for one window, which broadcast over a batch
+        return torch.cat(parts)
+
+    def _first(self) -> torch.Tensor:
+        hidden = self._recorders[0].hidden
+        if hidden is None:
+            raise RuntimeError("the model did not call its first block")
+        return hidden
+
+    def _forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        # The hidden states count, not the logits: one position's logits are enough.
+        logits: torch.Tensor = self._model(tokens.to(self.device), use_cache=False, logits_to_keep=1).logits
+        return logits
+
+    def block(self, index: int) -> BlockRunner:
+        """Load block ``index``; call :meth:`embed` before. The memory is free again when the result is dropped.
+
+        Raises:
+            FormatError: a tensor is missing.
+            InputError: a tensor has another shape than the config says.
+        """
+        module = copy.deepcopy(self._blocks[index])
+        self._load(module, f"{self._family.blocks}.{index}.")
+        return BlockRunner(module, self._recorders[index].kwargs)
+
+    @torch.no_grad()
+    def losses(self, tokens: torch.Tensor, hidden: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Next-token losses of each window from the last block's output.
+
+        Args:
+            tokens: ``[windows, context]``.
+            hidden: ``[windows, context, hidden_size]``, output of the last block.
+
+        Yields:
+            float32 ``[context - 1]``, natural logarithm, one a window.
+        """
+        for window, state in zip(tokens, hidden, strict=True):
+            self._recorders[-1].replacement = state[None].to(self.device)
+            logits = self._model(window[None].to(self.device), use_cache=False).logits[0, :-1]
+            yield nn.functional.cross_entropy(logits.float(), window[1:].to(self.device), reduction="none").cpu()
+        self._recorders[-1].replacement = None
+
+
+def watch_inputs(
+    module: nn.Module, names: dict[str, str], note: Callable[[str, torch.Tensor], None]
+) -> list[torch.utils.hooks.RemovableHandle]:
+    """Call ``note(label, input)`` whenever a submodule runs.
+
+    Args:
+        module: the block.
+        names: submodule name to label.
+        note: gets the label and the submodule's input ``[..., in_features]``.
+
+    Returns:
+        Handles to remove the hooks with.
+    """
+
+    def hook(label: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        return lambda _module, args: note(label, args[0])
+
+    return [module.get_submodule(name).register_forward_pre_hook(hook(label)) for name, label in names.items()]

@@ -1,0 +1,41 @@
+"""The checkpoint format, version 1: schema, bit packing, validation, slicing. Needs torch, not vLLM."""
+
+from vllm_gqsa.format.checkpoint import CheckpointReader, TensorFiles, check_tensor_names, read_config, read_json
+from vllm_gqsa.format.codecs import (
+    decode_scale_zero,
+    encode_scale_zero,
+    pack_bitmap,
+    pack_nibbles,
+    round_scale,
+    unpack_bitmap,
+    unpack_nibbles,
+)
+from vllm_gqsa.format.errors import FormatError
+from vllm_gqsa.format.matrix import GROUP_SIZES, TENSORS, GroupSparseMatrix, check_group_size, quantize_groups
+from vllm_gqsa.format.schema import FORMAT_VERSION, GqsaConfig, ModuleEntry, is_ignored, parse_pattern
+
+__all__ = [
+    "FORMAT_VERSION",
+    "GROUP_SIZES",
+    "TENSORS",
+    "CheckpointReader",
+    "FormatError",
+    "GqsaConfig",
+    "GroupSparseMatrix",
+    "ModuleEntry",
+    "TensorFiles",
+    "check_group_size",
+    "check_tensor_names",
+    "decode_scale_zero",
+    "encode_scale_zero",
+    "is_ignored",
+    "pack_bitmap",
+    "pack_nibbles",
+    "parse_pattern",
+    "quantize_groups",
+    "read_config",
+    "read_json",
+    "round_scale",
+    "unpack_bitmap",
+    "unpack_nibbles",
+]

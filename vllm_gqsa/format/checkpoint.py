@@ -1,0 +1,193 @@
+"""Reading a checkpoint folder: which tensor lies in which file, and one matrix at a time, checked."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from vllm_gqsa.format.errors import FormatError
+from vllm_gqsa.format.matrix import TENSORS, GroupSparseMatrix
+from vllm_gqsa.format.schema import GqsaConfig
+
+__all__ = ["CheckpointReader", "TensorFiles", "check_tensor_names", "read_config", "read_json"]
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        FormatError: the file is missing, is not JSON, or is not an object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FormatError(f"{path}: no such file") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise FormatError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise FormatError(f"{path}: holds {type(value).__name__}, expected an object")
+    return value
+
+
+class TensorFiles:
+    """The safetensors files of a model folder, dense or compressed: names without data, tensors on demand."""
+
+    def __init__(self, folder: Path | str) -> None:
+        """Read the headers of all files.
+
+        Raises:
+            FormatError: no weights, an unreadable or truncated file, or an index that disagrees with the files.
+        """
+        self.folder = Path(folder)
+        files = self._files()
+        self.file_of: dict[str, Path] = {}
+        """Tensor name to the file that holds it."""
+        self._open: dict[Path, Any] = {}
+        for path in files:
+            for name in self._handle(path).keys():  # noqa: SIM118 - not a mapping
+                if name in self.file_of:
+                    raise FormatError(f"{path}: {name} is also in {self.file_of[name].name}")
+                self.file_of[name] = path
+        if (self.folder / INDEX).exists():
+            self._check_index()
+
+    def _files(self) -> list[Path]:
+        index = self.folder / INDEX
+        if not index.exists():
+            if not (self.folder / SINGLE).exists():
+                raise FormatError(f"{self.folder}: holds neither {INDEX} nor {SINGLE}")
+            return [self.folder / SINGLE]
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise FormatError(f"{index}: weight_map is missing or empty")
+        names = weight_map.values()
+        for name in names:
+            if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+                raise FormatError(f"{index}: {name!r} is not the name of a safetensors file in this folder")
+        return [self.folder / name for name in sorted(set(names))]
+
+    def _check_index(self) -> None:
+        index = self.folder / INDEX
+        weight_map: dict[str, str] = read_json(index)["weight_map"]
+        for name, file in weight_map.items():
+            if name not in self.file_of:
+                raise FormatError(f"{index}: lists {name} in {file}, which does not hold it")
+            if self.file_of[name].name != file:
+                raise FormatError(f"{index}: lists {name} in {file}, but it is in {self.file_of[name].name}")
+        for name, path in self.file_of.items():
+            if name not in weight_map:
+                raise FormatError(f"{path}: holds {name}, which {INDEX} does not list")
+
+    def _handle(self, path: Path) -> Any:  # noqa: ANN401 - safetensors has no types
+        if path not in self._open:
+            try:
+                self._open[path] = safe_open(path, framework="pt")
+            except FileNotFoundError:
+                raise FormatError(f"{path}: no such file, though {INDEX} names it") from None
+            except (SafetensorError, OSError) as error:
+                raise FormatError(f"{path}: is not a complete safetensors file: {error}") from error
+        return self._open[path]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.file_of
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, from the header alone."""
+        return tuple(self._handle(self.file_of[name]).get_slice(name).get_shape())
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """One tensor, on the CPU.
+
+        Raises:
+            FormatError: it is missing or cannot be read.
+        """
+        if name not in self.file_of:
+            raise FormatError(f"{self.folder}: tensor {name} is missing")
+        try:
+            tensor: torch.Tensor = self._handle(self.file_of[name]).get_tensor(name)
+        except (SafetensorError, OSError, RuntimeError, KeyError) as error:
+            raise FormatError(f"{self.file_of[name]}: {name} cannot be read: {error}") from error
+        return tensor
+
+
+def check_tensor_names(config: GqsaConfig, names: Iterable[str], where: str) -> None:
+    """Check that every listed module has its four tensors and no others have any.
+
+    Args:
+        config: the checkpoint's configuration.
+        names: all tensor names of the checkpoint.
+        where: put in front of the message.
+
+    Raises:
+        FormatError: a tensor is missing or belongs to a module that is not listed.
+    """
+    present = set(names)
+    for module in config.modules:
+        for suffix in TENSORS:
+            if f"{module}.{suffix}" not in present:
+                raise FormatError(f"{where}: {module}.{suffix} is missing, though config.json lists {module}")
+        if f"{module}.weight" in present:
+            raise FormatError(f"{where}: {module} has a dense weight beside its compressed tensors")
+    for name in sorted(present):
+        module, _, suffix = name.rpartition(".")
+        if suffix in TENSORS and module not in config.modules:
+            raise FormatError(f"{where}: {name} belongs to {module}, which config.json does not list in modules")
+
+
+class CheckpointReader:
+    """A GQSA checkpoint folder, opened and checked as far as names and counts go; data is read on demand."""
+
+    def __init__(self, folder: Path | str, config: GqsaConfig | None = None) -> None:
+        """Open a folder.
+
+        Args:
+            folder: the checkpoint.
+            config: use this instead of config.json (a checkpoint that is still being written has none).
+
+        Raises:
+            FormatError: config.json, the index or the names of the tensors break the format.
+        """
+        self.folder = Path(folder)
+        self.config = config or read_config(self.folder)
+        self.files = TensorFiles(self.folder)
+        check_tensor_names(self.config, self.files.file_of, str(self.folder))
+
+    def matrix(self, module: str, expect: tuple[int, int]) -> GroupSparseMatrix:
+        """Read and validate one compressed linear.
+
+        Args:
+            module: its unfused Hugging Face name.
+            expect: shape ``(out_features, in_features)`` the model asks for.
+
+        Raises:
+            FormatError: anything :meth:`GroupSparseMatrix.validate` rejects, or another nnz than config.json says.
+        """
+        if module not in self.config.modules:
+            raise FormatError(f"{self.folder}: module {module} is not listed in config.json")
+        where = f"{self.files.file_of[module + '.qweight']}: {module}"
+        tensors = {suffix: self.files.tensor(f"{module}.{suffix}") for suffix in TENSORS}
+        matrix = GroupSparseMatrix.from_tensors(tensors, expect[1], self.config.group_size)
+        matrix.validate(where, expect)
+        if matrix.nnz != self.config.modules[module].nnz:
+            listed = self.config.modules[module].nnz
+            raise FormatError(f"{where}: holds nnz = {matrix.nnz} groups, config.json says {listed}")
+        return matrix
+
+
+def read_config(folder: Path) -> GqsaConfig:
+    """The GQSA configuration of a checkpoint folder.
+
+    Raises:
+        FormatError: no config.json, no quantization_config in it, or one that breaks the format.
+    """
+    path = folder / "config.json"
+    raw = read_json(path)
+    if "quantization_config" not in raw:
+        raise FormatError(f"{path}: has no quantization_config; this is not a GQSA checkpoint")
+    return GqsaConfig.parse(raw["quantization_config"], str(path))

@@ -1,0 +1,115 @@
+"""The ``quantization_config`` of a checkpoint's config.json."""
+
+import re
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from vllm_gqsa.format.errors import FormatError
+from vllm_gqsa.format.matrix import GROUP_SIZES
+
+__all__ = ["FORMAT_VERSION", "GqsaConfig", "ModuleEntry", "is_ignored", "parse_pattern"]
+
+FORMAT_VERSION = 1
+
+
+class ModuleEntry(BaseModel):
+    """What is known of one compressed linear before its data is read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    nnz: int = Field(ge=0, strict=True)
+    """Number of kept groups."""
+
+
+class GqsaConfig(BaseModel):
+    """``quantization_config`` of format version 1; unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    quant_method: Literal["gqsa"] = "gqsa"
+    format_version: Literal[1] = 1
+    bits: Literal[4] = 4
+    group_size: int = Field(strict=True)
+    """G, input features a group."""
+    sparsity: float = Field(ge=0, lt=1)
+    """Share of groups that was asked to be pruned; the exact counts are in ``modules``."""
+    pattern: str
+    """Scope the mask was chosen in: ``row``, ``matrix`` or ``n:m``. A hint: any valid mask is accepted."""
+    ignore: tuple[str, ...] = ()
+    """Modules left dense: exact names, or ``re:`` and a regular expression that matches from the start."""
+    modules: dict[str, ModuleEntry]
+    """Every compressed linear by its unfused Hugging Face name."""
+
+    @field_validator("group_size")
+    @classmethod
+    def _known_group_size(cls, value: int) -> int:
+        if value not in GROUP_SIZES:
+            raise ValueError(f"must be one of {', '.join(map(str, GROUP_SIZES))}")
+        return value
+
+    @field_validator("pattern")
+    @classmethod
+    def _known_pattern(cls, value: str) -> str:
+        if value not in ("row", "matrix"):
+            parse_pattern(value)
+        return value
+
+    @field_validator("ignore")
+    @classmethod
+    def _regular_expressions_compile(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for entry in value:
+            if entry.startswith("re:"):
+                try:
+                    re.compile(entry[3:])
+                except re.error as error:
+                    raise ValueError(f"{entry!r} is not a regular expression: {error}") from error
+        return value
+
+    @classmethod
+    def parse(cls, raw: Any, where: str) -> "GqsaConfig":  # noqa: ANN401 - anything can stand in a JSON file
+        """Read a ``quantization_config``.
+
+        Args:
+            raw: the decoded JSON value.
+            where: the file it came from, put in front of the message.
+
+        Raises:
+            FormatError: one sentence with the first key at fault, its value and what is allowed.
+        """
+        if not isinstance(raw, dict):
+            raise FormatError(f"{where}: quantization_config is {type(raw).__name__}, expected an object")
+        version = raw.get("format_version")
+        if raw.get("quant_method") == "gqsa" and version != FORMAT_VERSION:
+            raise FormatError(
+                f"{where}: format_version {version!r} is unknown, this vllm-gqsa reads {FORMAT_VERSION}; "
+                "install the version of vllm-gqsa that wrote the checkpoint, or a newer one"
+            )
+        try:
+            return cls.model_validate(raw)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            key = ".".join(str(part) for part in first["loc"])
+            value = "" if first["type"] in ("missing", "extra_forbidden") else f" (found {first['input']!r})"
+            raise FormatError(f"{where}: quantization_config.{key}: {first['msg']}{value}") from error
+
+    def to_json(self) -> dict[str, Any]:
+        """The value to write into config.json, keys in the order of the format's documentation."""
+        return self.model_dump(mode="json")
+
+
+def parse_pattern(pattern: str) -> tuple[int, int]:
+    """Read an ``n:m`` pattern: n of every m adjacent groups are kept.
+
+    Raises:
+        ValueError: not of that form, or not 0 < n <= m.
+    """
+    match = re.fullmatch(r"([0-9]{1,3}):([0-9]{1,3})", pattern)
+    if match is None or not 0 < int(match[1]) <= int(match[2]):
+        raise ValueError(f"pattern {pattern!r} is neither 'row', 'matrix' nor 'n:m' with 0 < n <= m")
+    return int(match[1]), int(match[2])
+
+
+def is_ignored(name: str, ignore: tuple[str, ...]) -> bool:
+    """Whether a module name is on an ignore list of exact names and ``re:`` expressions."""
+    return any(re.match(e[3:], name) is not None if e.startswith("re:") else e == name for e in ignore)
