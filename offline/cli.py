@@ -10,7 +10,15 @@ from typing import Annotated, Any, Literal
 import typer
 from pydantic import ValidationError
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from vllm_gqsa.format import FormatError, parse_pattern
@@ -30,22 +38,43 @@ app = typer.Typer(
 _out = Console()
 _err = Console(stderr=True)
 
-ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Folder or hub name of a dense Hugging Face model.")]
-CheckpointArgument = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Folder of a GQSA checkpoint.")]
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Folder or hub name of a dense Hugging Face model.")
+]
+CheckpointArgument = Annotated[
+    Path, typer.Argument(metavar="CHECKPOINT", help="Folder of a GQSA checkpoint.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 Device = Annotated[str, typer.Option(help="torch device that computes, for example cpu or cuda.")]
 Batch = Annotated[int, typer.Option(min=1, help="Windows at a time through a block; less takes less memory.")]
 Column = Annotated[str, typer.Option(help="Column of a .jsonl, .parquet or dataset that holds the text.")]
-Sparsity = Annotated[float | None, typer.Option(help="Share of groups to prune, 0 to below 1.  [default: 0.5, or that of --pattern n:m]")]
+Sparsity = Annotated[
+    float | None,
+    typer.Option(help="Share of groups to prune, 0 to below 1.  [default: 0.5, or that of --pattern n:m]"),
+]
 GroupSize = Annotated[int, typer.Option(help="Input features a group: 8, 16, 32, 64 or 128.")]
-Pattern = Annotated[str, typer.Option(help="Scope of the mask: row (every row keeps the same number), matrix, or n:m (n of m adjacent groups).")]
-ImportanceOption = Annotated[Importance, typer.Option(help="How a group's importance is computed from the Hessian.")]
-Compensate = Annotated[bool, typer.Option(help="Let later weights take up the error of pruning and rounding earlier ones.")]
+Pattern = Annotated[
+    str,
+    typer.Option(
+        help="Scope of the mask: row (every row keeps the same number), matrix, or n:m (n of m adjacent groups)."
+    ),
+]
+ImportanceOption = Annotated[
+    Importance, typer.Option(help="How a group's importance is computed from the Hessian.")
+]
+Compensate = Annotated[
+    bool, typer.Option(help="Let later weights take up the error of pruning and rounding earlier ones.")
+]
 Damping = Annotated[float, typer.Option(help="Share of the Hessian's mean diagonal that is added to it.")]
 Samples = Annotated[int, typer.Option(min=1, help="Calibration windows.")]
 Context = Annotated[int, typer.Option(min=2, help="Tokens a window.")]
 Seed = Annotated[int, typer.Option(help="Chooses the calibration windows.")]
-Ignore = Annotated[list[str] | None, typer.Option(help="Linear to leave dense: a full module name, or re: and a regular expression. May be given several times.")]
+Ignore = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Linear to leave dense: a full module name, or re: and a regular expression. May be given several times."
+    ),
+]
 
 
 def main() -> None:
@@ -114,8 +143,13 @@ def _megabytes(count: float) -> str:
 @app.command()
 def compress(
     model: ModelArgument,
-    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder to write; a run that was cut short goes on in it.")],
-    calibration: Annotated[str, typer.Option(help="Text: a .txt, .jsonl or .parquet file, or a datasets name (name:config).")],
+    output: Annotated[
+        Path,
+        typer.Argument(metavar="OUTPUT", help="Folder to write; a run that was cut short goes on in it."),
+    ],
+    calibration: Annotated[
+        str, typer.Option(help="Text: a .txt, .jsonl or .parquet file, or a datasets name (name:config).")
+    ],
     sparsity: Sparsity = None,
     group_size: GroupSize = 16,
     pattern: Pattern = "row",
@@ -128,11 +162,19 @@ def compress(
     ignore: Ignore = None,
     split: Annotated[str, typer.Option(help="Split of a dataset.")] = "train",
     column: Column = "text",
-    eval_text: Annotated[str | None, typer.Option(help="Text for the perplexities of the model card.  [default: the end of the calibration text, held out]")] = None,
+    eval_text: Annotated[
+        str | None,
+        typer.Option(
+            help="Text for the perplexities of the model card.  [default: the end of the calibration text, held out]"
+        ),
+    ] = None,
+    eval_split: Annotated[str, typer.Option(help="Split of --eval-text, where it is a dataset.")] = "test",
     eval_windows: Annotated[int, typer.Option(min=1, help="Measure them on at most this many windows.")] = 16,
     device: Device = "cpu",
     batch: Batch = 8,
-    restart: Annotated[bool, typer.Option("--restart", help="Throw away what an earlier run left in OUTPUT.")] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Throw away what an earlier run left in OUTPUT.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Compress a dense model: prune groups by Hessian importance, the rest to INT4.
@@ -149,7 +191,7 @@ def compress(
     )  # fmt: skip
     job = Job(
         model=model, output=output, recipe=recipe, calibration=TextSource(calibration, split, column),
-        evaluation=None if eval_text is None else TextSource(eval_text, split, column),
+        evaluation=None if eval_text is None else TextSource(eval_text, eval_split, column),
         evaluation_windows=eval_windows, device=device, batch=batch, restart=restart,
     )  # fmt: skip
     with _progress() as progress:
@@ -212,7 +254,9 @@ def estimate(
         },
     )
     if costs.bits_per_weight > _DENSE_INT4_BITS:
-        _out.print(f"at this setting dense INT4 with groups of 128 ({_DENSE_INT4_BITS} bits a weight) is smaller")
+        _out.print(
+            f"at this setting dense INT4 with groups of 128 ({_DENSE_INT4_BITS} bits a weight) is smaller"
+        )
 
 
 _DENSE_INT4_BITS = 4.125
@@ -227,7 +271,9 @@ def _duration(seconds: float) -> str:
 @app.command("inspect")
 def inspect_command(
     checkpoint: CheckpointArgument,
-    plot: Annotated[Path | None, typer.Option(help="Also draw sparsity and bits a weight over the blocks, as a PNG.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Also draw sparsity and bits a weight over the blocks, as a PNG.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show the compressed linears of a checkpoint: shape, sparsity, nnz, bits a weight, and totals."""
@@ -266,7 +312,10 @@ def inspect_command(
 @app.command()
 def verify(
     checkpoint: CheckpointArgument,
-    against: Annotated[str | None, typer.Option(metavar="DENSE", help="Dense model it was made from: recompute and compare logits.")] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(metavar="DENSE", help="Dense model it was made from: recompute and compare logits."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Check every rule of the format; exit code 0 only if all of it is valid."""
@@ -281,7 +330,9 @@ def verify(
         )
     if as_json:
         facts = None if comparison is None else comparison.to_json()
-        print(json.dumps({"checkpoint": str(checkpoint), "valid": True, "modules": modules, "against": facts}))
+        print(
+            json.dumps({"checkpoint": str(checkpoint), "valid": True, "modules": modules, "against": facts})
+        )
         return
     _out.print(f"{checkpoint}: valid, {modules} compressed linears", highlight=False, soft_wrap=True)
     if comparison is not None:
@@ -298,15 +349,29 @@ def verify(
 
 @app.command("eval")
 def eval_command(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Dense model or GQSA checkpoint: folder or hub name.")],
-    text: Annotated[str, typer.Option(help="Text: a .txt, .jsonl or .parquet file, or a datasets name (name:config).")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Dense model or GQSA checkpoint: folder or hub name.")
+    ],
+    text: Annotated[
+        str, typer.Option(help="Text: a .txt, .jsonl or .parquet file, or a datasets name (name:config).")
+    ],
     split: Annotated[str, typer.Option(help="Split of a dataset.")] = "test",
     column: Column = "text",
-    context: Annotated[int, typer.Option(min=2, help="Tokens a window; perplexities at other contexts do not compare.")] = 2048,
-    max_windows: Annotated[int | None, typer.Option(min=1, help="Use only the first windows.  [default: all]")] = None,
-    engine: Annotated[Literal["transformers", "vllm"], typer.Option(help="What runs the model.")] = "transformers",
-    dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Activations.")] = "float32",
-    device: Annotated[str, typer.Option(help="torch device of the transformers engine; vLLM chooses its own.")] = "cpu",
+    context: Annotated[
+        int, typer.Option(min=2, help="Tokens a window; perplexities at other contexts do not compare.")
+    ] = 2048,
+    max_windows: Annotated[
+        int | None, typer.Option(min=1, help="Use only the first windows.  [default: all]")
+    ] = None,
+    engine: Annotated[
+        Literal["transformers", "vllm"], typer.Option(help="What runs the model.")
+    ] = "transformers",
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"], typer.Option(help="Activations.")
+    ] = "float32",
+    device: Annotated[
+        str, typer.Option(help="torch device of the transformers engine; vLLM chooses its own.")
+    ] = "cpu",
     as_json: Json = False,
 ) -> None:
     """Measure perplexity: the text is joined, cut into windows without overlap, and the loss averaged."""

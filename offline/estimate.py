@@ -7,13 +7,12 @@ from typing import Any
 import torch
 
 from vllm_gqsa.offline.families import Family
+from vllm_gqsa.offline.perplexity import REPORTED_WINDOWS
 from vllm_gqsa.offline.recipe import Recipe
 from vllm_gqsa.offline.source import DenseModel
 from vllm_gqsa.offline.stream import meta_model
 
 __all__ = ["Estimate", "estimate", "module_bytes"]
-
-_REPORTED_WINDOWS = 16
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,13 @@ def module_bytes(out_features: int, in_features: int, nnz: int, group_size: int)
 
 
 def estimate(
-    model: DenseModel, family: Family, recipe: Recipe, shapes: dict[str, tuple[int, int]], *, batch: int, device: str
+    model: DenseModel,
+    family: Family,
+    recipe: Recipe,
+    shapes: dict[str, tuple[int, int]],
+    *,
+    batch: int,
+    device: str,
 ) -> Estimate:
     """Estimate the costs of compressing ``model`` by ``recipe``.
 
@@ -107,7 +112,7 @@ def _peak(skeleton: Any, blocks: Any, family: Family, recipe: Recipe, batch: int
     # Hessians of all inputs; the inverse, its factor and two temporaries of the widest; a linear's copies.
     working = sum(k * k for k in widths) + 4 * max(widths) ** 2 + 3 * widest
     activations = batch * recipe.context * (4 * hidden + 3 * max(widths))
-    streams = hidden * (tokens + _REPORTED_WINDOWS * recipe.context)
+    streams = hidden * (tokens + REPORTED_WINDOWS * recipe.context)
     logits = 3 * recipe.context * config.vocab_size
     return 4 * (outside + block + streams + max(working + activations, logits))
 
@@ -117,13 +122,15 @@ def _operations(recipe: Recipe, family: Family, shapes: dict[str, tuple[int, int
     tokens = recipe.samples * recipe.context
     weights = sum(r * c for r, c in shapes.values())
     # Twice through each block to calibrate, once dense and once compressed to measure.
-    forward = 2.0 * weights * (2 * tokens + 2 * _REPORTED_WINDOWS * recipe.context)
+    forward = 2.0 * weights * (2 * tokens + 2 * REPORTED_WINDOWS * recipe.context)
     firsts = {names[0] for names in family.linears}
     inputs = [c for name, (_, c) in shapes.items() if name.endswith(tuple(firsts))]
     hessians = sum(2.0 * tokens * k * k + 2.0 * k**3 for k in inputs)
     # The column-by-column update runs at memory speed, about a twentieth of a matrix product's.
     updates = sum(1.0 * r * c * c + 20 * r * c * 128 for r, c in shapes.values()) if recipe.compensate else 0
-    head = 2.0 * skeleton.config.hidden_size * skeleton.config.vocab_size * 2 * _REPORTED_WINDOWS * recipe.context
+    head = (
+        2.0 * skeleton.config.hidden_size * skeleton.config.vocab_size * 2 * REPORTED_WINDOWS * recipe.context
+    )
     return forward + hessians + updates + head
 
 

@@ -16,7 +16,15 @@ from safetensors.torch import save_file
 from vllm_gqsa.format import read_json
 from vllm_gqsa.offline.errors import InputError
 
-__all__ = ["RUN_FILE", "digest_files", "digest_tensor", "open_run", "write_atomically", "write_json", "write_tensors"]
+__all__ = [
+    "RUN_FILE",
+    "digest_files",
+    "digest_tensor",
+    "open_run",
+    "write_atomically",
+    "write_json",
+    "write_tensors",
+]
 
 RUN_FILE = "gqsa_run.json"
 """Says what a folder is made of: its fingerprint. Written first, and kept as a record."""
@@ -85,7 +93,11 @@ def open_run(folder: Path, run: Mapping[str, Any], *, restart: bool) -> Iterator
         raise InputError(f"{folder}: is a file; name a folder")
     if restart and record.exists():
         shutil.rmtree(folder)
-    if folder.is_dir() and not record.exists() and any(not p.name.startswith(_PARTIAL) for p in folder.iterdir()):
+    if (
+        folder.is_dir()
+        and not record.exists()
+        and any(not p.name.startswith(_PARTIAL) for p in folder.iterdir())
+    ):
         raise InputError(f"{folder}: is not empty and was not begun by gqsa compress; choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder, os.O_RDONLY)

@@ -13,9 +13,11 @@ from vllm_gqsa.offline.source import load_tokenizer, model_folder
 from vllm_gqsa.offline.stream import ModelStream
 from vllm_gqsa.offline.text import TextSource, token_windows
 
-__all__ = ["Engine", "Perplexity", "evaluate", "streamed_perplexity"]
+__all__ = ["REPORTED_WINDOWS", "Engine", "Perplexity", "evaluate", "streamed_perplexity"]
 
 Engine = Literal["transformers", "vllm"]
+REPORTED_WINDOWS = 16
+"""Windows a compression measures for its model card, unless told otherwise."""
 Progress = Callable[[int, int], None]
 
 
@@ -126,6 +128,8 @@ def _through_vllm(
     for done, window in enumerate(windows.tolist(), 1):
         output = llm.generate({"prompt_token_ids": window}, sampling, use_tqdm=False)[0]
         scores = output.prompt_logprobs[1:]
-        losses.append(torch.tensor([-score[token].logprob for score, token in zip(scores, window[1:], strict=True)]))
+        losses.append(
+            torch.tensor([-score[token].logprob for score, token in zip(scores, window[1:], strict=True)])
+        )
         progress(done, len(windows))
     return losses

@@ -2,41 +2,31 @@
 
 import gc
 import shlex
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 import vllm_gqsa
-from vllm_gqsa.format import TENSORS, CheckpointReader, GqsaConfig, GroupSparseMatrix, ModuleEntry, read_json
+from vllm_gqsa.format import read_json
 from vllm_gqsa.offline.card import REPORT_FILE, make_report, model_card
 from vllm_gqsa.offline.errors import InputError
 from vllm_gqsa.offline.families import Family, family_of
-from vllm_gqsa.offline.files import (
-    digest_files,
-    digest_tensor,
-    open_run,
-    write_atomically,
-    write_json,
-    write_tensors,
-)
-from vllm_gqsa.offline.importance import HessianSum, InverseHessian
-from vllm_gqsa.offline.perplexity import Perplexity, streamed_perplexity
+from vllm_gqsa.offline.files import digest_files, digest_tensor, open_run, write_atomically, write_json
+from vllm_gqsa.offline.perplexity import REPORTED_WINDOWS, Perplexity, streamed_perplexity
 from vllm_gqsa.offline.recipe import Recipe
 from vllm_gqsa.offline.source import DenseModel
-from vllm_gqsa.offline.sparsify import sparsify
-from vllm_gqsa.offline.stream import BlockRunner, ModelStream, meta_model, watch_inputs
+from vllm_gqsa.offline.stages import STAGES, BlockContext, Matrices
+from vllm_gqsa.offline.stream import ModelStream, TensorSource, meta_model
 from vllm_gqsa.offline.text import TextSource, choose_windows, token_windows
+from vllm_gqsa.offline.writer import CompressedSource, install, shard_paths, write_block, write_rest
 
-__all__ = ["BlockContext", "BlockStage", "Job", "check_layers", "compress", "CompressedSource", "one_shot"]
+__all__ = ["Job", "check_layers", "compress"]
 
 Progress = Callable[[str, int, int], None]
 """Called with the name of a phase, steps done and steps in all."""
-Matrices = dict[str, GroupSparseMatrix]
-_HELD_OUT = 16
 
 
 @dataclass(frozen=True)
@@ -60,97 +50,37 @@ class Job:
     recipe: Recipe
     calibration: TextSource
     evaluation: TextSource | None = None
-    evaluation_windows: int = _HELD_OUT
+    evaluation_windows: int = REPORTED_WINDOWS
     device: str = "cpu"
     batch: int = 8
     restart: bool = False
 
     def command(self) -> str:
-        """The command line that does this job."""
-        default, parts = Recipe(), ["gqsa", "compress", self.model, str(self.output)]
-        for name in ("sparsity", "group_size", "pattern", "importance", "damping", "samples", "context", "seed"):
-            if getattr(self.recipe, name) != getattr(default, name):
-                parts += ["--" + name.replace("_", "-"), str(getattr(self.recipe, name))]
+        """The command line that does this job, settings at their default left out."""
+        settings: dict[str, Any] = {
+            **{k: (getattr(self.recipe, k), getattr(Recipe(), k)) for k in _RECIPE_OPTIONS},
+            "calibration": (self.calibration.name, None),
+            "split": (self.calibration.split, "train"),
+            "column": (self.calibration.column, "text"),
+            "eval_text": (self.evaluation and self.evaluation.name, None),
+            "eval_split": ((self.evaluation and self.evaluation.split) or "test", "test"),
+            "eval_windows": (self.evaluation_windows, REPORTED_WINDOWS),
+            "device": (self.device, "cpu"),
+            "batch": (self.batch, 8),
+        }
+        parts = ["gqsa", "compress", self.model, str(self.output)]
+        for name, (value, default) in settings.items():
+            if value != default:
+                parts += ["--" + name.replace("_", "-"), str(value)]
         if not self.recipe.compensate:
             parts.append("--no-compensate")
-        if self.recipe.ignore != default.ignore:
-            parts += [part for entry in self.recipe.ignore for part in ("--ignore", entry)]
-        plain = TextSource("")
-        parts += ["--calibration", self.calibration.name]
-        for name in ("split", "column"):
-            if getattr(self.calibration, name) != getattr(plain, name):
-                parts += ["--" + name, getattr(self.calibration, name)]
-        if self.evaluation is not None:
-            parts += ["--eval-text", self.evaluation.name]
-        if self.evaluation_windows != _HELD_OUT:
-            parts += ["--eval-windows", str(self.evaluation_windows)]
+        for entry in self.recipe.ignore:
+            if entry != "lm_head":
+                parts += ["--ignore", entry]
         return shlex.join(parts)
 
 
-@dataclass
-class BlockContext:
-    """What a stage may use of the block in hand.
-
-    Attributes:
-        index: number of the block.
-        block: the dense block, float32, as the model calls it.
-        linears: full names of its compressed linears, those with the same input together.
-        local: full name to name within the block.
-        inputs: hidden states ``[windows, context, hidden_size]`` that the compressed model feeds it.
-        recipe: the settings.
-        batch: windows at a time.
-        device: where to compute.
-        step: call once a linear is done.
-    """
-
-    index: int
-    block: BlockRunner
-    linears: list[list[str]]
-    local: dict[str, str] = field(init=False)
-    inputs: torch.Tensor
-    prefix: str
-    recipe: Recipe
-    batch: int
-    device: torch.device
-    step: Callable[[], None]
-
-    def __post_init__(self) -> None:
-        self.local = {name: name.removeprefix(self.prefix) for group in self.linears for name in group}
-
-
-BlockStage = Callable[[BlockContext, Matrices], Matrices]
-"""A step on one block: gets what the step before made (nothing, the first) and gives matrices by full name."""
-
-
-def one_shot(context: BlockContext, _matrices: Matrices) -> Matrices:
-    """The first stage: Hessians of the block's inputs, mask, compensation, INT4."""
-    sums: dict[str, HessianSum] = {}
-    for group in context.linears:
-        linear = context.block.module.get_submodule(context.local[group[0]])
-        sums[group[0]] = HessianSum(linear.in_features, context.device)  # type: ignore[arg-type]
-    labels = {context.local[first]: first for first in sums}
-    hooks = watch_inputs(context.block.module, labels, lambda label, x: sums[label].add(x))
-    with torch.no_grad():
-        for start in range(0, context.inputs.shape[0], context.batch):
-            context.block(context.inputs[start : start + context.batch].to(context.device))
-    for hook in hooks:
-        hook.remove()
-    matrices: Matrices = {}
-    for group in context.linears:
-        name = group[0]
-        try:
-            inverse = InverseHessian.of(sums.pop(name).hessian(), context.recipe.damping)
-            for name in group:
-                weight = context.block.module.get_submodule(context.local[name]).weight
-                matrices[name] = sparsify(weight, inverse, context.recipe).to("cpu")  # type: ignore[arg-type]
-                context.step()
-        except ValueError as error:
-            raise InputError(f"{name}: {error}") from error
-    return matrices
-
-
-STAGES: Sequence[BlockStage] = (one_shot,)
-"""What is done to each block, in order. Block-wise training (BQPO) takes its place after :func:`one_shot`."""
+_RECIPE_OPTIONS = ("sparsity", "group_size", "pattern", "importance", "damping", "samples", "context", "seed")
 
 
 def check_layers(model: DenseModel, family: Family, recipe: Recipe) -> dict[str, tuple[int, int]]:
@@ -200,6 +130,7 @@ def compress(job: Job, progress: Progress) -> dict[str, Any]:
         "vllm_gqsa": vllm_gqsa.__version__,
         "torch": torch.__version__,
         "device": torch.device(job.device).type,
+        "batch": job.batch,
         "model": {"config": model.raw_config, "weights": digest_files(model.files())},
         "recipe": job.recipe.model_dump(mode="json"),
         "calibration": digest_tensor(calibration),
@@ -209,16 +140,15 @@ def compress(job: Job, progress: Progress) -> dict[str, Any]:
         if (job.output / "config.json").exists():
             return read_json(job.output / REPORT_FILE)
         _write_blocks(job, model, family, calibration, progress)
-        config = _write_rest(job, model, shapes)
-        stream = ModelStream(model, model.config, family, torch.device(job.device))
-        dense = _measure(job, stream, evaluation, text, "perplexity of the dense model", progress)
-        stream = ModelStream(
-            CompressedSource(job.output, shapes, config), model.config, family, torch.device(job.device)
-        )
-        ours = _measure(job, stream, evaluation, text, "perplexity of the compressed model", progress)
+        config = write_rest(job.output, job.recipe, model, family, shapes)
+        compressed = CompressedSource(job.output, shapes, config)
+        dense = _measure(job, model, model, evaluation, text, progress)
+        ours = _measure(job, model, compressed, evaluation, text, progress)
         report = make_report(job.model, job.command(), model.nbytes, job.output, config, shapes, dense, ours)
         write_json(job.output / REPORT_FILE, report)
-        write_atomically(job.output / "README.md", lambda p: p.write_text(model_card(report), "utf-8") and None)
+        write_atomically(
+            job.output / "README.md", lambda p: p.write_text(model_card(report), "utf-8") and None
+        )
         write_json(job.output / "config.json", {**model.raw_config, "quantization_config": config.to_json()})
     return report
 
@@ -231,7 +161,11 @@ def _windows(job: Job, model: DenseModel) -> tuple[torch.Tensor, torch.Tensor, s
     windows = token_windows(job.calibration, tokenizer, recipe.context, most)
     if job.evaluation is not None:
         measured = token_windows(job.evaluation, tokenizer, recipe.context, job.evaluation_windows)
-        return choose_windows(windows, recipe.samples, recipe.seed, job.calibration.name), measured, job.evaluation.name
+        return (
+            choose_windows(windows, recipe.samples, recipe.seed, job.calibration.name),
+            measured,
+            job.evaluation.name,
+        )
     held = min(job.evaluation_windows, windows.shape[0] - recipe.samples)
     if held < 1:
         raise InputError(
@@ -242,18 +176,13 @@ def _windows(job: Job, model: DenseModel) -> tuple[torch.Tensor, torch.Tensor, s
     return chosen, windows[-held:], f"{job.calibration.name} (held-out end)"
 
 
-def _shards(output: Path, blocks: int) -> list[Path]:
-    """The files of the checkpoint: one a block, then one for everything else."""
-    return [output / f"model-{i + 1:05d}-of-{blocks + 1:05d}.safetensors" for i in range(blocks + 1)]
-
-
 def _write_blocks(
     job: Job, model: DenseModel, family: Family, calibration: torch.Tensor, progress: Progress
 ) -> None:
     """Make the shard of every block that has none, feeding each block what the compressed model feeds it."""
     device = torch.device(job.device)
     blocks = len(meta_model(model.config).get_submodule(family.blocks))  # type: ignore[arg-type]
-    shards = _shards(job.output, blocks)
+    shards = shard_paths(job.output, blocks)
     if all(shard.exists() for shard in shards[:-1]):
         return
     stream = ModelStream(model, model.config, family, device)
@@ -271,99 +200,30 @@ def _write_blocks(
         prefix = f"{family.blocks}.{index}."
         if not shard.exists():
             matrices: Matrices = {}
-            context = BlockContext(index, block, linears[index], hidden, prefix, job.recipe, job.batch, device, step)
+            context = BlockContext(
+                index, block, linears[index], hidden, prefix, job.recipe, job.batch, device, step
+            )
             for stage in STAGES:
                 matrices = stage(context, matrices)
-            write_tensors(shard, dict(_block_tensors(model, block, prefix, matrices)))
+            write_block(shard, model, block, prefix, matrices)
         else:
             done += sum(len(group) for group in linears[index]) - 1
             step()
         if index + 1 < blocks:
             # Always from the file, so that a run that is continued feeds the next block the same numbers.
-            _install(block, prefix, shard, [n for group in linears[index] for n in group], job.recipe.group_size)
+            install(
+                block, prefix, shard, [n for group in linears[index] for n in group], job.recipe.group_size
+            )
             block.advance(hidden, job.batch, device)
         del block
         gc.collect()
 
 
-def _block_tensors(
-    model: DenseModel, block: BlockRunner, prefix: str, matrices: Matrices
-) -> Iterator[tuple[str, torch.Tensor]]:
-    for name in block.module.state_dict():
-        module = prefix + name.removesuffix(".weight")
-        if name.endswith(".weight") and module in matrices:
-            for suffix, tensor in matrices[module].tensors().items():
-                yield f"{module}.{suffix}", tensor
-        else:
-            yield prefix + name, model.tensor(prefix + name)
-
-
-def _install(block: BlockRunner, prefix: str, shard: Path, names: list[str], group_size: int) -> None:
-    """Replace the weights of a dense block by what its shard holds."""
-    tensors = load_file(shard)
-    for name in names:
-        linear: Any = block.module.get_submodule(name.removeprefix(prefix))
-        parts = {suffix: tensors[f"{name}.{suffix}"] for suffix in TENSORS}
-        matrix = GroupSparseMatrix.from_tensors(parts, linear.in_features, group_size)
-        matrix.validate(f"{shard}: {name}", (linear.out_features, linear.in_features))
-        linear.weight.copy_(matrix.to_dense())
-
-
-def _write_rest(job: Job, model: DenseModel, shapes: dict[str, tuple[int, int]]) -> GqsaConfig:
-    """Write everything outside the blocks, the index and the tokenizer; return the configuration for config.json."""
-    skeleton = meta_model(model.config)
-    family = family_of(model.config.model_type)
-    shards = _shards(job.output, len(skeleton.get_submodule(family.blocks)))  # type: ignore[arg-type]
-    outside = [n for n in skeleton.state_dict() if not n.startswith(family.blocks + ".") and n in model]
-    write_tensors(shards[-1], {name: model.tensor(name) for name in outside})
-    weight_map: dict[str, str] = {}
-    sizes: dict[str, int] = {}
-    total = 0
-    for shard in shards:
-        for name, tensor in load_file(shard).items():
-            weight_map[name] = shard.name
-            total += tensor.nbytes
-            if name.endswith(".qweight"):
-                sizes[name.removesuffix(".qweight")] = tensor.shape[0]
-    write_json(
-        job.output / "model.safetensors.index.json",
-        {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))},
-    )
-    tokenizer = model.tokenizer()
-    tokenizer.save_pretrained(job.output)
-    generation = model.folder / "generation_config.json"
-    if generation.exists():
-        (job.output / generation.name).write_bytes(generation.read_bytes())
-    return GqsaConfig(
-        group_size=job.recipe.group_size,
-        sparsity=job.recipe.sparsity,
-        pattern=job.recipe.pattern,
-        ignore=job.recipe.ignore,
-        modules={name: ModuleEntry(nnz=sizes[name]) for name in shapes},
-    )
-
-
-class CompressedSource:
-    """A checkpoint as a source of dense tensors: ``P.weight`` of a compressed linear is expanded when asked for."""
-
-    def __init__(
-        self, folder: Path, shapes: dict[str, tuple[int, int]], config: GqsaConfig | None = None
-    ) -> None:
-        self._reader = CheckpointReader(folder, config)
-        self._shapes = shapes
-
-    def __contains__(self, name: str) -> bool:
-        return name.removesuffix(".weight") in self._shapes or name in self._reader.files
-
-    def tensor(self, name: str) -> torch.Tensor:
-        """A dense tensor, float32 where it was compressed."""
-        module = name.removesuffix(".weight")
-        if name.endswith(".weight") and module in self._shapes:
-            return self._reader.matrix(module, self._shapes[module]).to_dense()
-        return self._reader.files.tensor(name)
-
-
 def _measure(
-    job: Job, stream: ModelStream, windows: torch.Tensor, text: str, phase: str, progress: Progress
+    job: Job, model: DenseModel, source: TensorSource, windows: torch.Tensor, text: str, progress: Progress
 ) -> Perplexity:
-    return streamed_perplexity(stream, windows, text, job.batch, lambda done, total: progress(phase, done, total))
+    phase = f"perplexity of the {'dense' if source is model else 'compressed'} model"
+    stream = ModelStream(source, model.config, family_of(model.config.model_type), torch.device(job.device))
+    return streamed_perplexity(
+        stream, windows, text, job.batch, lambda done, total: progress(phase, done, total)
+    )

@@ -44,5 +44,7 @@ class Recipe(BaseModel):
         if self.pattern not in ("row", "matrix"):
             n, m = parse_pattern(self.pattern)
             if abs(self.sparsity - (1 - n / m)) > 1e-6:
-                raise ValueError(f"pattern {self.pattern} prunes {1 - n / m:g} of the groups, sparsity says {self.sparsity:g}")
+                raise ValueError(
+                    f"pattern {self.pattern} prunes {1 - n / m:g} of the groups, sparsity says {self.sparsity:g}"
+                )
         return self

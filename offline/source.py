@@ -30,7 +30,9 @@ def model_folder(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except (OSError, ValueError, HFValidationError) as error:
-        raise InputError(f"{name}: is neither a folder nor a hub model that can be downloaded: {error}") from error
+        raise InputError(
+            f"{name}: is neither a folder nor a hub model that can be downloaded: {error}"
+        ) from error
 
 
 class DenseModel:

@@ -72,6 +72,4 @@ def compensated(
                 torch.sub(span[j], quantised, out=errors[j]).div_(factor[j, j])
                 span[j + 1 :].addr_(factor[j, j + 1 :], errors[j], alpha=-1)
         weight[:, stop:].addmm_(errors.T, upper[start:stop, stop:], alpha=-1)
-    return GroupSparseMatrix.from_codes(
-        codes.transpose(0, 1)[keep], scales.T[keep], zeros.T[keep], keep
-    )
+    return GroupSparseMatrix.from_codes(codes.transpose(0, 1)[keep], scales.T[keep], zeros.T[keep], keep)

@@ -43,7 +43,11 @@ def read_documents(source: TextSource) -> Iterator[str]:
         yield from _dataset(source)
         return
     suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
-    readers: dict[str, Callable[[Path, str], Iterator[str]]] = {".txt": _plain, ".jsonl": _json_lines, ".parquet": _parquet}
+    readers: dict[str, Callable[[Path, str], Iterator[str]]] = {
+        ".txt": _plain,
+        ".jsonl": _json_lines,
+        ".parquet": _parquet,
+    }
     if suffix not in readers:
         raise InputError(f"{path}: text files end in .txt, .jsonl or .parquet (.txt.gz and .jsonl.gz too)")
     yield from readers[suffix](path, source.column)
@@ -76,7 +80,9 @@ def token_windows(source: TextSource, tokenizer: Any, context: int, most: int | 
     tokens = tokenizer("\n\n".join(texts), return_tensors="pt", verbose=False).input_ids[0]
     count = tokens.numel() // context
     if count == 0:
-        raise InputError(f"{source.name}: {tokens.numel()} tokens of text are less than one window of {context}")
+        raise InputError(
+            f"{source.name}: {tokens.numel()} tokens of text are less than one window of {context}"
+        )
     windows: torch.Tensor = tokens[: count * context].view(count, context)
     return windows[:most]
 
@@ -118,7 +124,9 @@ def _json_lines(path: Path, column: str) -> Iterator[str]:
             try:
                 text = json.loads(line)[column]
             except (ValueError, KeyError, TypeError) as error:
-                raise InputError(f"{path}: line {number} is not a JSON object with a key {column!r}: {error}") from error
+                raise InputError(
+                    f"{path}: line {number} is not a JSON object with a key {column!r}: {error}"
+                ) from error
             yield _as_text(text, f"{path}: line {number}")
 
 

@@ -32,7 +32,9 @@ def write(folder):
         save_file(tensors, folder / file, metadata={"format": "pt"})
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     config = GqsaConfig(group_size=16, sparsity=0.4, pattern="matrix", modules=modules)
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "quantization_config": config.to_json()}))
+    (folder / "config.json").write_text(
+        json.dumps({"model_type": "llama", "quantization_config": config.to_json()})
+    )
     return folder
 
 
@@ -70,7 +72,9 @@ def test_a_good_checkpoint_reads(checkpoint):
 
 def test_a_missing_tensor(checkpoint):
     edit_shard(checkpoint, "one.safetensors", lambda t: t.pop("a.q_proj.group_mask"))
-    with pytest.raises(FormatError, match="a.q_proj.group_mask is missing, though config.json lists a.q_proj"):
+    with pytest.raises(
+        FormatError, match="a.q_proj.group_mask is missing, though config.json lists a.q_proj"
+    ):
         read(checkpoint)
 
 
@@ -78,7 +82,9 @@ def test_a_tensor_the_index_lists_in_vain(checkpoint):
     tensors = load_file(checkpoint / "one.safetensors")
     del tensors["a.q_proj.qweight"]
     save_file(tensors, checkpoint / "one.safetensors")
-    with pytest.raises(FormatError, match=r"lists a.q_proj.qweight in one.safetensors, which does not hold it"):
+    with pytest.raises(
+        FormatError, match=r"lists a.q_proj.qweight in one.safetensors, which does not hold it"
+    ):
         read(checkpoint)
 
 
@@ -97,8 +103,14 @@ def test_a_truncated_shard(checkpoint, keep):
 
 
 def test_a_wrong_dtype(checkpoint):
-    edit_shard(checkpoint, "one.safetensors", lambda t: t.update({"a.q_proj.scale_zero": t["a.q_proj.scale_zero"].half()}))
-    with pytest.raises(FormatError, match=r"one.safetensors: a.q_proj: scale_zero is torch.float16, expected torch.int16"):
+    edit_shard(
+        checkpoint,
+        "one.safetensors",
+        lambda t: t.update({"a.q_proj.scale_zero": t["a.q_proj.scale_zero"].half()}),
+    )
+    with pytest.raises(
+        FormatError, match=r"one.safetensors: a.q_proj: scale_zero is torch.float16, expected torch.int16"
+    ):
         read(checkpoint)
 
 
@@ -157,7 +169,9 @@ def literal(folder):
     for name, (rows, columns) in SHAPES.items():
         if f"{name}.qweight" not in tensors:
             continue
-        mask = np.unpackbits(tensors[f"{name}.group_mask"], axis=1, bitorder="little")[:, : columns // 16].astype(bool)
+        mask = np.unpackbits(tensors[f"{name}.group_mask"], axis=1, bitorder="little")[
+            :, : columns // 16
+        ].astype(bool)
         packed = tensors[f"{name}.qweight"]
         codes = np.stack([packed & 15, packed >> 4], axis=-1).reshape(len(packed), 16)
         words = tensors[f"{name}.scale_zero"].view(np.uint16)
@@ -169,7 +183,9 @@ def literal(folder):
 
 
 def mutate_bytes(rng, folder):
-    path = folder / rng.choice(["one.safetensors", "two.safetensors", "config.json", "model.safetensors.index.json"])
+    path = folder / rng.choice(
+        ["one.safetensors", "two.safetensors", "config.json", "model.safetensors.index.json"]
+    )
     data = bytearray(path.read_bytes())
     kind = rng.randrange(5)
     at = rng.randrange(len(data))
@@ -215,7 +231,9 @@ def mutate_tensor(rng, folder):
         kind = rng.randrange(3)
         if kind == 0 and tensors[name].numel():
             flat = tensors[name].view(-1)
-            flat[rng.randrange(flat.numel())] = rng.choice([0, 1, -1, 127, -(2**15) if flat.dtype == torch.int16 else 3])
+            flat[rng.randrange(flat.numel())] = rng.choice(
+                [0, 1, -1, 127, -(2**15) if flat.dtype == torch.int16 else 3]
+            )
         elif kind == 1:
             other = rng.choice(list(tensors))
             tensors[name], tensors[other] = tensors[other].clone(), tensors[name].clone()
@@ -228,7 +246,23 @@ def mutate_tensor(rng, folder):
 def mutate_config(rng, folder):
     raw = json.loads((folder / "config.json").read_text())["quantization_config"]
     key = rng.choice(list(raw))
-    values = [None, 0, -1, 8, 16, 1e308, "x", [], {}, [1], {"a": {}}, {"a.q_proj": {"nnz": 3}}, "2:4", 2**70, True]
+    values = [
+        None,
+        0,
+        -1,
+        8,
+        16,
+        1e308,
+        "x",
+        [],
+        {},
+        [1],
+        {"a": {}},
+        {"a.q_proj": {"nnz": 3}},
+        "2:4",
+        2**70,
+        True,
+    ]
     edit_config(folder, **{rng.choice([key, key, key + "_"]): rng.choice(values)})
 
 

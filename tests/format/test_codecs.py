@@ -19,7 +19,13 @@ from vllm_gqsa.format.codecs import SCALE_MAX, SCALE_MIN
 GRID = np.arange(8, 0x7C00, 8, dtype=np.uint16).view(np.float16).astype(np.float64)
 
 
-@given(hnp.arrays(np.uint8, hnp.array_shapes(min_dims=2, max_dims=2).map(lambda s: (s[0], 2 * s[1])), elements=st.integers(0, 15)))
+@given(
+    hnp.arrays(
+        np.uint8,
+        hnp.array_shapes(min_dims=2, max_dims=2).map(lambda s: (s[0], 2 * s[1])),
+        elements=st.integers(0, 15),
+    )
+)
 def test_nibbles_low_first_and_back(codes):
     packed = pack_nibbles(torch.from_numpy(codes))
     assert np.array_equal(packed.numpy(), codes[:, 0::2] + 16 * codes[:, 1::2])

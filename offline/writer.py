@@ -1,0 +1,125 @@
+"""The files of a checkpoint: one shard a block, one for everything else, the index, the tokenizer."""
+
+import struct
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from vllm_gqsa.format import TENSORS, CheckpointReader, GqsaConfig, GroupSparseMatrix, ModuleEntry
+from vllm_gqsa.offline.families import Family
+from vllm_gqsa.offline.files import write_json, write_tensors
+from vllm_gqsa.offline.recipe import Recipe
+from vllm_gqsa.offline.source import DenseModel
+from vllm_gqsa.offline.stages import Matrices
+from vllm_gqsa.offline.stream import BlockRunner, meta_model
+
+__all__ = ["CompressedSource", "install", "shard_paths", "write_block", "write_rest"]
+
+
+def shard_paths(output: Path, blocks: int) -> list[Path]:
+    """The files of the checkpoint: one a block, then one for everything else."""
+    return [output / f"model-{i + 1:05d}-of-{blocks + 1:05d}.safetensors" for i in range(blocks + 1)]
+
+
+def write_block(shard: Path, model: DenseModel, block: BlockRunner, prefix: str, matrices: Matrices) -> None:
+    """Write the shard of one block: compressed linears, and everything else of the block as it was.
+
+    Args:
+        shard: the file.
+        model: the dense model.
+        block: the block, for the names of its tensors.
+        prefix: what stands before them in the model, with a dot at the end.
+        matrices: the compressed linears by full name.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    for name in block.module.state_dict():
+        module = prefix + name.removesuffix(".weight")
+        if name.endswith(".weight") and module in matrices:
+            tensors.update({f"{module}.{suffix}": t for suffix, t in matrices[module].tensors().items()})
+        else:
+            tensors[prefix + name] = model.tensor(prefix + name)
+    write_tensors(shard, tensors)
+
+
+def install(block: BlockRunner, prefix: str, shard: Path, names: list[str], group_size: int) -> None:
+    """Replace the weights of a dense block by what its shard holds."""
+    tensors = load_file(shard)
+    for name in names:
+        linear: Any = block.module.get_submodule(name.removeprefix(prefix))
+        parts = {suffix: tensors[f"{name}.{suffix}"] for suffix in TENSORS}
+        matrix = GroupSparseMatrix.from_tensors(parts, linear.in_features, group_size)
+        matrix.validate(f"{shard}: {name}", (linear.out_features, linear.in_features))
+        linear.weight.copy_(matrix.to_dense())
+
+
+def write_rest(
+    output: Path, recipe: Recipe, model: DenseModel, family: Family, shapes: dict[str, tuple[int, int]]
+) -> GqsaConfig:
+    """Write all but the blocks' shards and config.json, and return the configuration that goes into the latter.
+
+    Args:
+        output: folder of the checkpoint, with the shards of all blocks.
+        recipe: the settings.
+        model: the dense model.
+        family: its description.
+        shapes: the compressed linears.
+    """
+    skeleton = meta_model(model.config)
+    shards = shard_paths(output, len(skeleton.get_submodule(family.blocks)))  # type: ignore[arg-type]
+    outside = [n for n in skeleton.state_dict() if not n.startswith(family.blocks + ".") and n in model]
+    write_tensors(shards[-1], {name: model.tensor(name) for name in outside})
+    weight_map: dict[str, str] = {}
+    kept: dict[str, int] = {}
+    for shard in shards:
+        with safe_open(shard, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - not a mapping
+                weight_map[name] = shard.name
+                module, _, suffix = name.rpartition(".")
+                if suffix == "scale_zero":
+                    (kept[module],) = file.get_slice(name).get_shape()
+    index = {
+        "metadata": {"total_size": sum(map(_data_bytes, shards))},
+        "weight_map": dict(sorted(weight_map.items())),
+    }
+    write_json(output / "model.safetensors.index.json", index)
+    model.tokenizer().save_pretrained(output)
+    generation = model.folder / "generation_config.json"
+    if generation.exists():
+        (output / generation.name).write_bytes(generation.read_bytes())
+    return GqsaConfig(
+        group_size=recipe.group_size,
+        sparsity=recipe.sparsity,
+        pattern=recipe.pattern,
+        ignore=recipe.ignore,
+        modules={name: ModuleEntry(nnz=kept[name]) for name in shapes},
+    )
+
+
+def _data_bytes(shard: Path) -> int:
+    """Bytes of a safetensors file behind its header, whose length its first eight bytes say."""
+    with shard.open("rb") as file:
+        (header,) = struct.unpack("<Q", file.read(8))
+    return shard.stat().st_size - 8 - int(header)
+
+
+class CompressedSource:
+    """A checkpoint as a source of dense tensors: ``P.weight`` of a compressed linear is expanded when asked for."""
+
+    def __init__(
+        self, folder: Path, shapes: dict[str, tuple[int, int]], config: GqsaConfig | None = None
+    ) -> None:
+        self._reader = CheckpointReader(folder, config)
+        self._shapes = shapes
+
+    def __contains__(self, name: str) -> bool:
+        return name.removesuffix(".weight") in self._shapes or name in self._reader.files
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A dense tensor, float32 where it was compressed."""
+        module = name.removesuffix(".weight")
+        if name.endswith(".weight") and module in self._shapes:
+            return self._reader.matrix(module, self._shapes[module]).to_dense()
+        return self._reader.files.tensor(name)

@@ -1,0 +1,153 @@
+"""Importance, mask and compensation against definitions computed the slow way."""
+
+import pytest
+import torch
+
+from vllm_gqsa.format import GroupSparseMatrix, quantize_groups
+from vllm_gqsa.offline.importance import HessianSum, InverseHessian, group_importance
+from vllm_gqsa.offline.mask import choose_groups
+from vllm_gqsa.offline.recipe import Recipe
+from vllm_gqsa.offline.sparsify import compensated, sparsify
+
+ROWS, COLUMNS, GROUP = 24, 256, 16
+
+
+@pytest.fixture
+def inputs():
+    """Correlated inputs: what makes compensation worth anything."""
+    generator = torch.Generator().manual_seed(1)
+    mix = torch.randn(COLUMNS, COLUMNS, generator=generator) / COLUMNS**0.5 + torch.eye(COLUMNS)
+    return torch.randn(4096, COLUMNS, generator=generator) @ mix
+
+
+@pytest.fixture
+def weight():
+    return torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture
+def inverse(inputs):
+    total = HessianSum(COLUMNS, torch.device("cpu"))
+    for part in inputs.view(4, 2, 512, COLUMNS):
+        total.add(part)
+    return InverseHessian.of(total.hessian(), 0.01)
+
+
+def output_error(matrix, weight, inputs):
+    return ((matrix.to_dense() - weight) @ inputs.T).square().mean().item()
+
+
+def test_the_hessian_is_its_definition(inputs):
+    total = HessianSum(COLUMNS, torch.device("cpu"))
+    total.add(inputs[:1000].view(10, 100, COLUMNS))
+    total.add(inputs[1000:])
+    x = inputs.double()
+    assert torch.allclose(total.hessian().double(), 2 * x.T @ x / len(x), rtol=1e-4, atol=1e-4)
+
+
+def test_the_inverse_and_its_factor(inputs, inverse):
+    x = inputs.double()
+    hessian = 2 * x.T @ x / len(x)
+    damped = hessian + torch.eye(COLUMNS) * 0.01 * hessian.diagonal().mean()
+    assert torch.allclose(inverse.inverse.double(), torch.linalg.inv(damped), rtol=1e-3, atol=1e-5)
+    assert torch.allclose(inverse.upper.T @ inverse.upper, inverse.inverse, rtol=1e-4, atol=1e-6)
+    assert not inverse.upper.tril(-1).any()
+
+
+def test_block_obs_is_the_loss_of_removing_the_group_when_the_rest_adapts(inputs, inverse, weight):
+    scores = group_importance(weight, inverse, GROUP, "block-obs")
+    hessian = torch.linalg.inv(inverse.inverse.double())
+    row, group = 3, 5
+    gone = slice(group * GROUP, (group + 1) * GROUP)
+    rest = torch.ones(COLUMNS, dtype=torch.bool)
+    rest[gone] = False
+    # The best change of the other weights, by the normal equations, and its quadratic loss.
+    delta = torch.zeros(COLUMNS, dtype=torch.float64)
+    delta[gone] = -weight[row, gone].double()
+    delta[rest] = torch.linalg.solve(hessian[rest][:, rest], -hessian[rest][:, gone] @ delta[gone])
+    assert scores[row, group].item() == pytest.approx((delta @ hessian @ delta).item(), rel=1e-3)
+
+
+def test_obs_and_wanda_are_their_formulas(inverse, weight):
+    for formula, factor in (("obs", 1 / inverse.inverse.diagonal()), ("wanda", inverse.hessian_diagonal)):
+        scores = group_importance(weight, inverse, GROUP, formula)
+        expected = [(weight[2, 16:32] ** 2 * factor[16:32]).sum().item()]
+        assert scores[2, 1].item() == pytest.approx(expected[0], rel=1e-5)
+
+
+def test_dead_inputs_get_no_weight(inputs, weight):
+    inputs = inputs.clone()
+    inputs[:, 7] = 0
+    total = HessianSum(COLUMNS, torch.device("cpu"))
+    total.add(inputs)
+    inverse = InverseHessian.of(total.hessian(), 0.01)
+    assert inverse.dead.nonzero().item() == 7
+    matrix = sparsify(weight, inverse, Recipe(sparsity=0.0))
+    assert not matrix.to_dense()[:, 7].any()
+
+
+def test_hessians_that_cannot_be_inverted_are_refused():
+    with pytest.raises(ValueError, match="not finite"):
+        InverseHessian.of(torch.full((4, 4), float("inf")), 0.01)
+    with pytest.raises(ValueError, match="not positive definite"):
+        InverseHessian.of(torch.tensor([[1.0, 9.0], [9.0, 1.0]]), 0.01)
+
+
+@pytest.mark.parametrize("pattern", ["row", "matrix", "2:4", "1:8"])
+def test_masks_keep_the_best_within_their_scope(pattern):
+    scores = torch.rand(10, 16, generator=torch.Generator().manual_seed(0))
+    keep = choose_groups(scores, 0.25, pattern)
+    units = {"row": (10, 16, 12), "matrix": (1, 160, 120), "2:4": (40, 4, 2), "1:8": (20, 8, 1)}[pattern]
+    counts, values, mask = units[2], scores.view(units[:2]), keep.view(units[:2])
+    assert (mask.sum(1) == counts).all()
+    for value, kept in zip(values, mask, strict=True):
+        assert value[kept].min() >= value[~kept].max()
+
+
+def test_a_pattern_that_does_not_divide_the_row_is_refused():
+    with pytest.raises(ValueError, match="multiple of 8 groups in a row, there are 12"):
+        choose_groups(torch.rand(2, 12), 0.5, "4:8")
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.25, 0.5])
+def test_compensation_lowers_the_error_of_the_output(inputs, inverse, weight, sparsity):
+    plain = sparsify(weight, inverse, Recipe(sparsity=sparsity, compensate=False))
+    better = sparsify(weight, inverse, Recipe(sparsity=sparsity))
+    assert torch.equal(plain.keep(), better.keep())
+    better.validate()
+    assert output_error(better, weight, inputs) < 0.9 * output_error(plain, weight, inputs)
+
+
+def test_compensation_is_gptq_as_written_in_its_paper(inverse, weight):
+    """Element by element with the explicit inverse, one row, no blocking."""
+    keep = torch.rand(ROWS, COLUMNS // GROUP, generator=torch.Generator().manual_seed(3)) < 0.6
+    matrix = compensated(weight.clone(), keep, inverse.upper, GROUP)
+    row = 4
+    w, h = weight[row].double().clone(), inverse.inverse.double().clone()
+    expected = torch.zeros(COLUMNS, dtype=torch.float64)
+    for j in range(COLUMNS):
+        if j % GROUP == 0:
+            _, scale, zero = quantize_groups(w[j : j + GROUP].float()[None])
+        if keep[row, j // GROUP]:
+            code = (torch.round(w[j].float() / scale) + zero).clamp(0, 15)
+            expected[j] = (scale * (code - zero)).item()
+        error = (w[j] - expected[j]) / h[j, j]
+        w[j:] -= error * h[j, j:]
+        h -= torch.outer(h[:, j], h[j]) / h[j, j]
+    same = (matrix.to_dense()[row].double() - expected).abs() < 1e-6
+    # Ties of rounding may fall differently in float32; nearly all weights must agree.
+    assert same.float().mean() > 0.97
+
+
+def test_a_weight_that_is_not_finite_is_refused(inverse, weight):
+    weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="infinite or NaN"):
+        sparsify(weight, inverse, Recipe())
+
+
+def test_pruned_groups_are_exactly_zero(inverse, weight):
+    matrix = sparsify(weight, inverse, Recipe(sparsity=0.5))
+    assert isinstance(matrix, GroupSparseMatrix)
+    groups = matrix.to_dense().view(ROWS, -1, GROUP)
+    assert not groups[~matrix.keep()].any()
+    assert matrix.sparsity == 0.5
