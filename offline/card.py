@@ -40,9 +40,7 @@ def make_report(
     """
     weights = sum(rows * columns for rows, columns in shapes.values())
     groups = weights // config.group_size
-    stored = sum(
-        module_bytes(*shape, config.modules[name].nnz, config.group_size) for name, shape in shapes.items()
-    )
+    stored = sum(module_bytes(*shape, config.modules[name].nnz, config.group_size) for name, shape in shapes.items())
     return {
         "model": model,
         "command": command,
@@ -92,7 +90,8 @@ Perplexity was measured block by block while the checkpoint was made, on: {text}
 vllm serve {folder} --quantization gqsa
 ```
 
-or with plain transformers, where the first import is needed (without it, transformers warns and returns random weights):
+or with plain transformers, where the first import is needed (without it, transformers warns and returns
+random weights):
 
 ```python
 import vllm_gqsa.hf

@@ -41,9 +41,7 @@ _err = Console(stderr=True)
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="Folder or hub name of a dense Hugging Face model.")
 ]
-CheckpointArgument = Annotated[
-    Path, typer.Argument(metavar="CHECKPOINT", help="Folder of a GQSA checkpoint.")
-]
+CheckpointArgument = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Folder of a GQSA checkpoint.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 Device = Annotated[str, typer.Option(help="torch device that computes, for example cpu or cuda.")]
 Batch = Annotated[int, typer.Option(min=1, help="Windows at a time through a block; less takes less memory.")]
@@ -59,9 +57,7 @@ Pattern = Annotated[
         help="Scope of the mask: row (every row keeps the same number), matrix, or n:m (n of m adjacent groups)."
     ),
 ]
-ImportanceOption = Annotated[
-    Importance, typer.Option(help="How a group's importance is computed from the Hessian.")
-]
+ImportanceOption = Annotated[Importance, typer.Option(help="How a group's importance is computed from the Hessian.")]
 Compensate = Annotated[
     bool, typer.Option(help="Let later weights take up the error of pruning and rounding earlier ones.")
 ]
@@ -172,9 +168,7 @@ def compress(
     eval_windows: Annotated[int, typer.Option(min=1, help="Measure them on at most this many windows.")] = 16,
     device: Device = "cpu",
     batch: Batch = 8,
-    restart: Annotated[
-        bool, typer.Option("--restart", help="Throw away what an earlier run left in OUTPUT.")
-    ] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Throw away what an earlier run left in OUTPUT.")] = False,
     as_json: Json = False,
 ) -> None:
     """Compress a dense model: prune groups by Hessian importance, the rest to INT4.
@@ -254,9 +248,7 @@ def estimate(
         },
     )
     if costs.bits_per_weight > _DENSE_INT4_BITS:
-        _out.print(
-            f"at this setting dense INT4 with groups of 128 ({_DENSE_INT4_BITS} bits a weight) is smaller"
-        )
+        _out.print(f"at this setting dense INT4 with groups of 128 ({_DENSE_INT4_BITS} bits a weight) is smaller")
 
 
 _DENSE_INT4_BITS = 4.125
@@ -287,7 +279,8 @@ def inspect_command(
         return
     table = Table(title=str(checkpoint))
     for heading in ("module", "out x in", "sparsity", "nnz", "a row", "bits a weight"):
-        table.add_column(heading, justify="left" if heading == "module" else "right")
+        # Names are folded, never cut: they are there to be copied.
+        table.add_column(heading, justify="left" if heading == "module" else "right", overflow="fold")
     for m in found.modules:
         table.add_row(
             m.name,
@@ -330,9 +323,7 @@ def verify(
         )
     if as_json:
         facts = None if comparison is None else comparison.to_json()
-        print(
-            json.dumps({"checkpoint": str(checkpoint), "valid": True, "modules": modules, "against": facts})
-        )
+        print(json.dumps({"checkpoint": str(checkpoint), "valid": True, "modules": modules, "against": facts}))
         return
     _out.print(f"{checkpoint}: valid, {modules} compressed linears", highlight=False, soft_wrap=True)
     if comparison is not None:
@@ -349,29 +340,17 @@ def verify(
 
 @app.command("eval")
 def eval_command(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Dense model or GQSA checkpoint: folder or hub name.")
-    ],
-    text: Annotated[
-        str, typer.Option(help="Text: a .txt, .jsonl or .parquet file, or a datasets name (name:config).")
-    ],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Dense model or GQSA checkpoint: folder or hub name.")],
+    text: Annotated[str, typer.Option(help="Text: a .txt, .jsonl or .parquet file, or a datasets name (name:config).")],
     split: Annotated[str, typer.Option(help="Split of a dataset.")] = "test",
     column: Column = "text",
     context: Annotated[
         int, typer.Option(min=2, help="Tokens a window; perplexities at other contexts do not compare.")
     ] = 2048,
-    max_windows: Annotated[
-        int | None, typer.Option(min=1, help="Use only the first windows.  [default: all]")
-    ] = None,
-    engine: Annotated[
-        Literal["transformers", "vllm"], typer.Option(help="What runs the model.")
-    ] = "transformers",
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"], typer.Option(help="Activations.")
-    ] = "float32",
-    device: Annotated[
-        str, typer.Option(help="torch device of the transformers engine; vLLM chooses its own.")
-    ] = "cpu",
+    max_windows: Annotated[int | None, typer.Option(min=1, help="Use only the first windows.  [default: all]")] = None,
+    engine: Annotated[Literal["transformers", "vllm"], typer.Option(help="What runs the model.")] = "transformers",
+    dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Activations.")] = "float32",
+    device: Annotated[str, typer.Option(help="torch device of the transformers engine; vLLM chooses its own.")] = "cpu",
     as_json: Json = False,
 ) -> None:
     """Measure perplexity: the text is joined, cut into windows without overlap, and the loss averaged."""

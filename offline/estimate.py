@@ -75,7 +75,7 @@ def estimate(
     """
     skeleton = meta_model(model.config)
     blocks = skeleton.get_submodule(family.blocks)
-    count = len(blocks)  # type: ignore[arg-type]
+    count = len(blocks)
     g = recipe.group_size
     weights = sum(rows * columns for rows, columns in shapes.values())
     stored = sum(module_bytes(r, c, r * round(c // g * (1 - recipe.sparsity)), g) for r, c in shapes.values())
@@ -128,9 +128,7 @@ def _operations(recipe: Recipe, family: Family, shapes: dict[str, tuple[int, int
     hessians = sum(2.0 * tokens * k * k + 2.0 * k**3 for k in inputs)
     # The column-by-column update runs at memory speed, about a twentieth of a matrix product's.
     updates = sum(1.0 * r * c * c + 20 * r * c * 128 for r, c in shapes.values()) if recipe.compensate else 0
-    head = (
-        2.0 * skeleton.config.hidden_size * skeleton.config.vocab_size * 2 * REPORTED_WINDOWS * recipe.context
-    )
+    head = 2.0 * skeleton.config.hidden_size * skeleton.config.vocab_size * 2 * REPORTED_WINDOWS * recipe.context
     return forward + hessians + updates + head
 
 

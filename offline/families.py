@@ -67,7 +67,5 @@ def family_of(model_type: str) -> Family:
         InputError: the family is not supported; the message lists those that are.
     """
     if model_type not in FAMILIES:
-        raise InputError(
-            f"model_type {model_type!r} is not supported; supported are {', '.join(sorted(FAMILIES))}"
-        )
+        raise InputError(f"model_type {model_type!r} is not supported; supported are {', '.join(sorted(FAMILIES))}")
     return FAMILIES[model_type]

@@ -32,7 +32,7 @@ _PARTIAL = ".partial-"
 _EDGE = 1 << 20
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` make a temporary file beside ``path``, flush it to the disk, and rename it."""
     temporary = path.with_name(_PARTIAL + path.name)
     write(temporary)
@@ -49,7 +49,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write a JSON object atomically."""
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    write_atomically(path, lambda p: p.write_text(text, encoding="utf-8") and None)
+    write_atomically(path, lambda p: p.write_text(text, encoding="utf-8"))
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -93,11 +93,7 @@ def open_run(folder: Path, run: Mapping[str, Any], *, restart: bool) -> Iterator
         raise InputError(f"{folder}: is a file; name a folder")
     if restart and record.exists():
         shutil.rmtree(folder)
-    if (
-        folder.is_dir()
-        and not record.exists()
-        and any(not p.name.startswith(_PARTIAL) for p in folder.iterdir())
-    ):
+    if folder.is_dir() and not record.exists() and any(not p.name.startswith(_PARTIAL) for p in folder.iterdir()):
         raise InputError(f"{folder}: is not empty and was not begun by gqsa compress; choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder, os.O_RDONLY)

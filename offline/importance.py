@@ -70,9 +70,7 @@ class InverseHessian:
             upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
             if not failed:
                 return cls(diagonal, dead, inverse, upper)
-        raise ValueError(
-            f"the Hessian is not positive definite, even damped by {damping * 100:g} of its mean diagonal"
-        )
+        raise ValueError(f"the Hessian is not positive definite, even damped by {damping * 100:g} of its mean diagonal")
 
 
 def group_importance(

@@ -83,9 +83,7 @@ def module_shapes(reader: CheckpointReader) -> dict[str, tuple[int, int]]:
     for name in reader.config.modules:
         weight = getattr(skeleton.get(name), "weight", None)
         if weight is None or weight.dim() != 2:
-            raise FormatError(
-                f"{reader.folder}/config.json: modules lists {name}, which is no linear of this model"
-            )
+            raise FormatError(f"{reader.folder}/config.json: modules lists {name}, which is no linear of this model")
         shapes[name] = (weight.shape[0], weight.shape[1])
     return shapes
 

@@ -44,7 +44,7 @@ class Perplexity:
         """From the next-token losses ``[context - 1]`` of each window."""
         mean = torch.cat(losses).double().mean().item()
         value = math.exp(mean) if mean < 700 else math.inf
-        return cls(value, sum(loss.numel() for loss in losses), *windows.shape, text)
+        return cls(value, sum(loss.numel() for loss in losses), windows.shape[0], windows.shape[1], text)
 
     def to_json(self) -> dict[str, Any]:
         """A plain dictionary."""
@@ -128,8 +128,6 @@ def _through_vllm(
     for done, window in enumerate(windows.tolist(), 1):
         output = llm.generate({"prompt_token_ids": window}, sampling, use_tqdm=False)[0]
         scores = output.prompt_logprobs[1:]
-        losses.append(
-            torch.tensor([-score[token].logprob for score, token in zip(scores, window[1:], strict=True)])
-        )
+        losses.append(torch.tensor([-score[token].logprob for score, token in zip(scores, window[1:], strict=True)]))
         progress(done, len(windows))
     return losses

@@ -91,9 +91,9 @@ def check_layers(model: DenseModel, family: Family, recipe: Recipe) -> dict[str,
     """
     skeleton = meta_model(model.config)
     shapes: dict[str, tuple[int, int]] = {}
-    for index in range(len(skeleton.get_submodule(family.blocks))):  # type: ignore[arg-type]
+    for index in range(len(skeleton.get_submodule(family.blocks))):
         for name in (n for group in family.linear_names(index, recipe.ignore) for n in group):
-            rows, columns = skeleton.get_submodule(name).weight.shape  # type: ignore[misc, union-attr]
+            rows, columns = skeleton.get_submodule(name).weight.shape
             if f"{name}.weight" not in model:
                 raise InputError(f"{model.folder}: {name}.weight is missing")
             if columns % recipe.group_size:
@@ -146,9 +146,7 @@ def compress(job: Job, progress: Progress) -> dict[str, Any]:
         ours = _measure(job, model, compressed, evaluation, text, progress)
         report = make_report(job.model, job.command(), model.nbytes, job.output, config, shapes, dense, ours)
         write_json(job.output / REPORT_FILE, report)
-        write_atomically(
-            job.output / "README.md", lambda p: p.write_text(model_card(report), "utf-8") and None
-        )
+        write_atomically(job.output / "README.md", lambda p: p.write_text(model_card(report), "utf-8"))
         write_json(job.output / "config.json", {**model.raw_config, "quantization_config": config.to_json()})
     return report
 
@@ -176,12 +174,10 @@ def _windows(job: Job, model: DenseModel) -> tuple[torch.Tensor, torch.Tensor, s
     return chosen, windows[-held:], f"{job.calibration.name} (held-out end)"
 
 
-def _write_blocks(
-    job: Job, model: DenseModel, family: Family, calibration: torch.Tensor, progress: Progress
-) -> None:
+def _write_blocks(job: Job, model: DenseModel, family: Family, calibration: torch.Tensor, progress: Progress) -> None:
     """Make the shard of every block that has none, feeding each block what the compressed model feeds it."""
     device = torch.device(job.device)
-    blocks = len(meta_model(model.config).get_submodule(family.blocks))  # type: ignore[arg-type]
+    blocks = len(meta_model(model.config).get_submodule(family.blocks))
     shards = shard_paths(job.output, blocks)
     if all(shard.exists() for shard in shards[:-1]):
         return
@@ -200,9 +196,7 @@ def _write_blocks(
         prefix = f"{family.blocks}.{index}."
         if not shard.exists():
             matrices: Matrices = {}
-            context = BlockContext(
-                index, block, linears[index], hidden, prefix, job.recipe, job.batch, device, step
-            )
+            context = BlockContext(index, block, linears[index], hidden, prefix, job.recipe, job.batch, device, step)
             for stage in STAGES:
                 matrices = stage(context, matrices)
             write_block(shard, model, block, prefix, matrices)
@@ -211,9 +205,7 @@ def _write_blocks(
             step()
         if index + 1 < blocks:
             # Always from the file, so that a run that is continued feeds the next block the same numbers.
-            install(
-                block, prefix, shard, [n for group in linears[index] for n in group], job.recipe.group_size
-            )
+            install(block, prefix, shard, [n for group in linears[index] for n in group], job.recipe.group_size)
             block.advance(hidden, job.batch, device)
         del block
         gc.collect()
@@ -224,6 +216,4 @@ def _measure(
 ) -> Perplexity:
     phase = f"perplexity of the {'dense' if source is model else 'compressed'} model"
     stream = ModelStream(source, model.config, family_of(model.config.model_type), torch.device(job.device))
-    return streamed_perplexity(
-        stream, windows, text, job.batch, lambda done, total: progress(phase, done, total)
-    )
+    return streamed_perplexity(stream, windows, text, job.batch, lambda done, total: progress(phase, done, total))

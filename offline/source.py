@@ -30,9 +30,7 @@ def model_folder(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except (OSError, ValueError, HFValidationError) as error:
-        raise InputError(
-            f"{name}: is neither a folder nor a hub model that can be downloaded: {error}"
-        ) from error
+        raise InputError(f"{name}: is neither a folder nor a hub model that can be downloaded: {error}") from error
 
 
 class DenseModel:
@@ -58,8 +56,8 @@ class DenseModel:
         except FormatError as error:
             if any(self.folder.glob("*.bin")):
                 raise InputError(
-                    f"{self.folder}: holds pickled weights (.bin), which are never read; load it once with transformers "
-                    "and save_pretrained() it as safetensors"
+                    f"{self.folder}: holds pickled weights (.bin), which are never read; load it once with "
+                    "transformers and save_pretrained() it as safetensors"
                 ) from error
             raise InputError(str(error)) from error
         except (OSError, ValueError, KeyError) as error:

@@ -23,7 +23,7 @@ class TensorSource(Protocol):
         ...
 
 
-def meta_model(config: Any) -> nn.Module:  # noqa: ANN401 - transformers chooses the class
+def meta_model(config: Any) -> Any:  # noqa: ANN401 - transformers chooses the class
     """The model of a transformers config without any memory for weights.
 
     Raises:
@@ -31,11 +31,9 @@ def meta_model(config: Any) -> nn.Module:  # noqa: ANN401 - transformers chooses
     """
     try:
         with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"transformers cannot build a causal language model from config.json: {error}"
-        ) from error
+        raise InputError(f"transformers cannot build a causal language model from config.json: {error}") from error
     return model.eval()
 
 
@@ -88,7 +86,7 @@ class ModelStream:
         self.device = device
         self._model = meta_model(config)
         self._model.config.use_cache = False
-        self._blocks: nn.ModuleList = self._model.get_submodule(family.blocks)  # type: ignore[assignment]
+        self._blocks: nn.ModuleList = self._model.get_submodule(family.blocks)
         self._recorders = [_Recorder() for _ in self._blocks]
         parent, _, attribute = family.blocks.rpartition(".")
         setattr(self._model.get_submodule(parent), attribute, nn.ModuleList(self._recorders))
@@ -127,9 +125,7 @@ class ModelStream:
         for start in range(0, tokens.shape[0], batch):
             self._forward(tokens[start : start + batch])
             parts.append(self._first().cpu())
-        self._forward(
-            tokens[:1]
-        )  # leaves each block's arguments for one window, which broadcast over a batch
+        self._forward(tokens[:1])  # leaves each block's arguments for one window, which broadcast over a batch
         return torch.cat(parts)
 
     def _first(self) -> torch.Tensor:
@@ -168,9 +164,7 @@ class ModelStream:
         for window, state in zip(tokens, hidden, strict=True):
             self._recorders[-1].replacement = state[None].to(self.device)
             logits = self._model(window[None].to(self.device), use_cache=False).logits[0, :-1]
-            yield nn.functional.cross_entropy(
-                logits.float(), window[1:].to(self.device), reduction="none"
-            ).cpu()
+            yield nn.functional.cross_entropy(logits.float(), window[1:].to(self.device), reduction="none").cpu()
         self._recorders[-1].replacement = None
 
 
@@ -191,6 +185,4 @@ def watch_inputs(
     def hook(label: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         return lambda _module, args: note(label, args[0])
 
-    return [
-        module.get_submodule(name).register_forward_pre_hook(hook(label)) for name, label in names.items()
-    ]
+    return [module.get_submodule(name).register_forward_pre_hook(hook(label)) for name, label in names.items()]

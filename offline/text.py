@@ -80,9 +80,7 @@ def token_windows(source: TextSource, tokenizer: Any, context: int, most: int | 
     tokens = tokenizer("\n\n".join(texts), return_tensors="pt", verbose=False).input_ids[0]
     count = tokens.numel() // context
     if count == 0:
-        raise InputError(
-            f"{source.name}: {tokens.numel()} tokens of text are less than one window of {context}"
-        )
+        raise InputError(f"{source.name}: {tokens.numel()} tokens of text are less than one window of {context}")
     windows: torch.Tensor = tokens[: count * context].view(count, context)
     return windows[:most]
 

@@ -33,9 +33,7 @@ def verify_checkpoint(folder: Path, progress: Callable[[int, int], None]) -> int
     config = AutoConfig.from_pretrained(folder)
     skeleton = meta_model(config)
     for name, tensor in skeleton.state_dict().items():
-        if name.removesuffix(".weight") in shapes or (
-            config.tie_word_embeddings and name == "lm_head.weight"
-        ):
+        if name.removesuffix(".weight") in shapes or (config.tie_word_embeddings and name == "lm_head.weight"):
             continue
         if name not in reader.files:
             raise FormatError(f"{folder}: tensor {name}, which the model needs, is missing")

@@ -68,7 +68,7 @@ def write_rest(
         shapes: the compressed linears.
     """
     skeleton = meta_model(model.config)
-    shards = shard_paths(output, len(skeleton.get_submodule(family.blocks)))  # type: ignore[arg-type]
+    shards = shard_paths(output, len(skeleton.get_submodule(family.blocks)))
     outside = [n for n in skeleton.state_dict() if not n.startswith(family.blocks + ".") and n in model]
     write_tensors(shards[-1], {name: model.tensor(name) for name in outside})
     weight_map: dict[str, str] = {}
@@ -108,9 +108,7 @@ def _data_bytes(shard: Path) -> int:
 class CompressedSource:
     """A checkpoint as a source of dense tensors: ``P.weight`` of a compressed linear is expanded when asked for."""
 
-    def __init__(
-        self, folder: Path, shapes: dict[str, tuple[int, int]], config: GqsaConfig | None = None
-    ) -> None:
+    def __init__(self, folder: Path, shapes: dict[str, tuple[int, int]], config: GqsaConfig | None = None) -> None:
         self._reader = CheckpointReader(folder, config)
         self._shapes = shapes
 

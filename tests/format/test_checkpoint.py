@@ -32,9 +32,7 @@ def write(folder):
         save_file(tensors, folder / file, metadata={"format": "pt"})
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     config = GqsaConfig(group_size=16, sparsity=0.4, pattern="matrix", modules=modules)
-    (folder / "config.json").write_text(
-        json.dumps({"model_type": "llama", "quantization_config": config.to_json()})
-    )
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "quantization_config": config.to_json()}))
     return folder
 
 
@@ -45,7 +43,9 @@ def checkpoint(tmp_path):
 
 def read(folder):
     reader = CheckpointReader(folder)
-    assert set(reader.config.modules) <= set(SHAPES), "the model has no such module"
+    unknown = set(reader.config.modules) - set(SHAPES)
+    if unknown:  # what a reader that knows the model says, see module_shapes()
+        raise FormatError(f"{folder}/config.json: modules lists {unknown}, which the model has not")
     return {name: reader.matrix(name, SHAPES[name]).to_dense() for name in reader.config.modules}
 
 
@@ -72,9 +72,7 @@ def test_a_good_checkpoint_reads(checkpoint):
 
 def test_a_missing_tensor(checkpoint):
     edit_shard(checkpoint, "one.safetensors", lambda t: t.pop("a.q_proj.group_mask"))
-    with pytest.raises(
-        FormatError, match="a.q_proj.group_mask is missing, though config.json lists a.q_proj"
-    ):
+    with pytest.raises(FormatError, match="a.q_proj.group_mask is missing, though config.json lists a.q_proj"):
         read(checkpoint)
 
 
@@ -82,9 +80,7 @@ def test_a_tensor_the_index_lists_in_vain(checkpoint):
     tensors = load_file(checkpoint / "one.safetensors")
     del tensors["a.q_proj.qweight"]
     save_file(tensors, checkpoint / "one.safetensors")
-    with pytest.raises(
-        FormatError, match=r"lists a.q_proj.qweight in one.safetensors, which does not hold it"
-    ):
+    with pytest.raises(FormatError, match=r"lists a.q_proj.qweight in one.safetensors, which does not hold it"):
         read(checkpoint)
 
 
@@ -169,9 +165,7 @@ def literal(folder):
     for name, (rows, columns) in SHAPES.items():
         if f"{name}.qweight" not in tensors:
             continue
-        mask = np.unpackbits(tensors[f"{name}.group_mask"], axis=1, bitorder="little")[
-            :, : columns // 16
-        ].astype(bool)
+        mask = np.unpackbits(tensors[f"{name}.group_mask"], axis=1, bitorder="little")[:, : columns // 16].astype(bool)
         packed = tensors[f"{name}.qweight"]
         codes = np.stack([packed & 15, packed >> 4], axis=-1).reshape(len(packed), 16)
         words = tensors[f"{name}.scale_zero"].view(np.uint16)
@@ -183,9 +177,7 @@ def literal(folder):
 
 
 def mutate_bytes(rng, folder):
-    path = folder / rng.choice(
-        ["one.safetensors", "two.safetensors", "config.json", "model.safetensors.index.json"]
-    )
+    path = folder / rng.choice(["one.safetensors", "two.safetensors", "config.json", "model.safetensors.index.json"])
     data = bytearray(path.read_bytes())
     kind = rng.randrange(5)
     at = rng.randrange(len(data))
@@ -278,9 +270,6 @@ def test_a_thousand_mutations_load_exactly_or_say_why(checkpoint, tmp_path):
         except FormatError as error:
             assert len(str(error)) > 20, case
             assert "\n" not in str(error), error
-            refused += 1
-        except AssertionError as error:  # names the model has not: the caller's check, see read()
-            assert "no such module" in str(error)  # noqa: PT017
             refused += 1
         else:
             expected = literal(folder)

@@ -72,7 +72,8 @@ def test_slices_and_concatenation_equal_those_of_the_dense_weight(made, data):
     group = data.draw(st.integers(0, matrix.groups_per_row)) * matrix.group_size
     for part, expected in [
         (top, dense[:cut]), (bottom, dense[cut:]), (GroupSparseMatrix.concat([top, bottom]), dense),
-        (matrix.slice_columns(group, matrix.in_features), dense[:, group:]), (matrix.slice_columns(0, group), dense[:, :group]),
+        (matrix.slice_columns(group, matrix.in_features), dense[:, group:]),
+        (matrix.slice_columns(0, group), dense[:, :group]),
     ]:  # fmt: skip
         part.validate()
         assert torch.equal(part.to_dense(), expected)

@@ -4,32 +4,19 @@ import random
 from pathlib import Path
 
 import pytest
-import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    MistralConfig,
-    OPTConfig,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen3Config,
-)
+from transformers import PreTrainedTokenizerFast
 
-SIZES = {
-    "vocab_size": 300,
-    "hidden_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 128,
-}
-GATED = {**SIZES, "intermediate_size": 96, "num_key_value_heads": 2}
+from tests.helpers import make_dense
+
+SIZES = {"vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 3, "max_position_embeddings": 128}
+GATED = {**SIZES, "intermediate_size": 96, "head_dim": 16}
 CONFIGS = {
-    "llama": LlamaConfig(**GATED, tie_word_embeddings=False),
-    "mistral": MistralConfig(**GATED, sliding_window=16, head_dim=16),
-    "qwen2": Qwen2Config(**GATED, tie_word_embeddings=True),
-    "qwen3": Qwen3Config(**GATED, head_dim=16),
-    "opt": OPTConfig(**SIZES, ffn_dim=96, word_embed_proj_dim=32),
+    "llama": GATED,
+    "mistral": {**GATED, "sliding_window": 16},
+    "qwen2": {**GATED, "tie_word_embeddings": True},
+    "qwen3": GATED,
+    "opt": {**SIZES, "ffn_dim": 96, "word_embed_proj_dim": 32},
 }
 
 
@@ -62,12 +49,7 @@ def dense(tmp_path_factory, tokenizer):
     def make(family: str) -> Path:
         if family not in folders:
             folder = tmp_path_factory.mktemp("dense") / family
-            torch.manual_seed(0)
-            model = AutoModelForCausalLM.from_config(CONFIGS[family])
-            for parameter in model.parameters():
-                if parameter.dim() == 1:  # biases and norms that do something
-                    parameter.data.add_(torch.randn_like(parameter) * 0.02)
-            model.save_pretrained(folder)
+            make_dense(folder, family, **CONFIGS[family])
             tokenizer.save_pretrained(folder)
             folders[family] = folder
         return folders[family]

@@ -1,6 +1,12 @@
 """The checkpoint format, version 1: schema, bit packing, validation, slicing. Needs torch, not vLLM."""
 
-from vllm_gqsa.format.checkpoint import CheckpointReader, TensorFiles, check_tensor_names, read_config, read_json
+from vllm_gqsa.format.checkpoint import (
+    CheckpointReader,
+    TensorFiles,
+    check_tensor_names,
+    read_config,
+    read_json,
+)
 from vllm_gqsa.format.codecs import (
     decode_scale_zero,
     encode_scale_zero,

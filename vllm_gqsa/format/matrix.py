@@ -118,7 +118,7 @@ class GroupSparseMatrix:
         cls, tensors: Mapping[str, torch.Tensor], in_features: int, group_size: int
     ) -> "GroupSparseMatrix":
         """Wrap the four tensors of a checkpoint as they are; call :meth:`validate` on what is not trusted."""
-        return cls(*(tensors[name] for name in TENSORS), in_features=in_features, group_size=group_size)
+        return cls(**{name: tensors[name] for name in TENSORS}, in_features=in_features, group_size=group_size)
 
     @classmethod
     def from_codes(
@@ -150,9 +150,7 @@ class GroupSparseMatrix:
         )
 
     @classmethod
-    def from_dense(
-        cls, weight: torch.Tensor, keep: torch.Tensor, group_size: int = 16
-    ) -> "GroupSparseMatrix":
+    def from_dense(cls, weight: torch.Tensor, keep: torch.Tensor, group_size: int = 16) -> "GroupSparseMatrix":
         """Prune and quantise a dense weight by rounding to nearest (see :func:`quantize_groups`).
 
         Args:
@@ -301,7 +299,9 @@ class GroupSparseMatrix:
         bad = ~((scales > 0) & torch.isfinite(scales))
         if bad.any():
             at = int(bad.nonzero()[0])
-            raise FormatError(f"{where}: scale_zero[{at}] holds the scale {scales[at].item()}; scales are positive and finite")
+            raise FormatError(
+                f"{where}: scale_zero[{at}] holds the scale {scales[at].item()}; scales are positive and finite"
+            )
 
 
 def check_group_size(group_size: int, in_features: int, where: str) -> None:
