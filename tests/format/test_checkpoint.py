@@ -269,7 +269,7 @@ def test_a_thousand_mutations_load_exactly_or_say_why(checkpoint, tmp_path):
             weights = read(folder)
         except FormatError as error:
             assert len(str(error)) > 20, case
-            assert "\n" not in str(error), error
+            assert "\n" not in str(error), case
             refused += 1
         else:
             expected = literal(folder)

@@ -43,9 +43,7 @@ def test_bitmap_is_numpys_little_endian_packbits(keep):
 def test_scales_round_to_the_nearest_of_the_grid(value):
     rounded = round_scale(torch.tensor([value])).item()
     assert rounded in GRID
-    # The way there is over binary16: half an ulp of it more than the nearest grid value is allowed.
-    best = np.abs(GRID - value).min()
-    assert abs(rounded - value) <= best + max(abs(value) * 2.0**-11, 2.0**-25)
+    assert abs(rounded - np.float32(value)) == np.abs(GRID - np.float64(np.float32(value))).min()
 
 
 def test_every_word_of_the_format_survives():

@@ -58,8 +58,9 @@ def test_from_dense_keeps_the_mask_and_stays_within_a_step(made):
     assert not dense[~keep].any()
     groups = weight.view_as(dense)[keep]
     step = (groups.amax(-1).clamp(min=0) - groups.amin(-1).clamp(max=0)) / 15
-    # Half a step for rounding, and what a scale and zero point that are rounded themselves clip at the ends.
-    assert (torch.abs(dense[keep] - groups).amax(-1) <= 1.1 * step + 2e-6).all()
+    # Half a step for rounding, what a scale that is rounded itself clips at the ends, and
+    # that again for tiny groups, where the grid of scales has steps of 2^-21.
+    assert (torch.abs(dense[keep] - groups).amax(-1) <= 1.1 * step + 15 * 2.0**-22).all()
 
 
 @given(matrices(), st.data())

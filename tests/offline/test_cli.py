@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from vllm_gqsa.offline.cli import app, main
@@ -83,7 +84,7 @@ def test_inspect_shows_modules_and_totals_and_draws(checkpoint, tmp_path, monkey
     }  # fmt: skip
     assert found["compressed_bytes"] == sum(m["bytes"] for m in found["modules"])
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
-    monkeypatch.setenv("COLUMNS", "150")
+    monkeypatch.setattr("vllm_gqsa.offline.cli._out", Console(width=150))
     assert "model.layers.0.self_attn.q_proj" in run(monkeypatch, capsys, "inspect", checkpoint)[1]
 
 

@@ -21,6 +21,7 @@ SCALE_MIN = 2.0**-21
 """Smallest positive scale of the grid (binary16 bits 0x0008)."""
 SCALE_MAX = 65280.0
 """Largest finite scale of the grid (binary16 bits 0x7BF8)."""
+_SMALLEST_NORMAL = 2.0**-14
 
 
 def pack_nibbles(codes: torch.Tensor) -> torch.Tensor:
@@ -76,10 +77,9 @@ def round_scale(scales: torch.Tensor) -> torch.Tensor:
     """
     if torch.isnan(scales).any():
         raise ValueError("a scale is NaN")
-    half = scales.float().clamp(SCALE_MIN, SCALE_MAX).half()
-    bits = half.view(torch.int16)
-    bits = (bits + 3 + ((bits >> 3) & 1)) & ~7
-    return bits.view(torch.float16).float()
+    wide = scales.float().clamp(SCALE_MIN, SCALE_MAX)
+    # Seven mantissa bits are bfloat16's; below binary16's normal range the grid has one fixed step.
+    return torch.where(wide < _SMALLEST_NORMAL, (wide / SCALE_MIN).round() * SCALE_MIN, wide.bfloat16().float())
 
 
 def encode_scale_zero(scales: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
