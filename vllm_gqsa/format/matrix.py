@@ -211,12 +211,14 @@ class GroupSparseMatrix:
 
     def to_dense(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The dense weight ``[N, K]``, computed in float32 (exact) and rounded once to ``dtype``."""
-        dense = torch.zeros(
-            self.out_features, self.groups_per_row, self.group_size, dtype=dtype, device=self.qweight.device
-        )
-        # Not dense[keep] = ...: indexing by a mask waits for the device to count the mask's entries.
-        dense.masked_scatter_(self.keep()[..., None], self.dequantize_groups().to(dtype))
-        return dense.view(self.out_features, self.in_features)
+        if self.nnz == 0:
+            return torch.zeros(self.out_features, self.in_features, dtype=dtype, device=self.qweight.device)
+        keep = self.keep().flatten()
+        # Every place takes the last kept group so far, and pruned ones are blanked. Not dense[keep] = ..., which
+        # waits for the device to count the mask, nor masked_scatter_, which is six times slower on a CPU.
+        source = keep.cumsum(0).sub_(1).clamp_(min=0)
+        dense = self.dequantize_groups().to(dtype).index_select(0, source)
+        return dense.masked_fill_(~keep[:, None], 0).view(self.out_features, self.in_features)
 
     def to(self, device: torch.device | str) -> "GroupSparseMatrix":
         """The same matrix on ``device``."""
