@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoConfig
 
 from vllm_gqsa.format import CheckpointReader, FormatError
@@ -81,10 +82,10 @@ def module_shapes(reader: CheckpointReader) -> dict[str, tuple[int, int]]:
     skeleton = dict(meta_model(config).named_modules())
     shapes = {}
     for name in reader.config.modules:
-        weight = getattr(skeleton.get(name), "weight", None)
-        if weight is None or weight.dim() != 2:
+        linear = skeleton.get(name)
+        if not isinstance(linear, torch.nn.Linear):
             raise FormatError(f"{reader.folder}/config.json: modules lists {name}, which is no linear of this model")
-        shapes[name] = (weight.shape[0], weight.shape[1])
+        shapes[name] = (linear.out_features, linear.in_features)
     return shapes
 
 

@@ -1,0 +1,42 @@
+# Everything a newcomer needs: `make demo`. Python 3.11 or later; no GPU, no root.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.setup-done
+
+.DEFAULT_GOAL := help
+.PHONY: help setup test lint format types demo clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## Make .venv with this project and the real vLLM for CPU in it
+
+# Quick when nothing it depends on has changed.
+$(STAMP): pyproject.toml setup.py benchmarks/demo/install.py
+	@$(PYTHON) benchmarks/demo/install.py $(VENV)
+	@touch $@
+
+test: setup ## Run the default tests (no GPU, nothing slow)
+	$(BIN)/python -m pytest
+
+lint: setup ## Check style and formatting with ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: setup ## Format the code and mend what ruff can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# mypy knows no import hooks, which an editable install of offline/ as vllm_gqsa.offline needs. So it reads a tree of
+# links that looks as the installed package does.
+types: setup ## Check types with mypy
+	@rm -rf build/types && mkdir -p build/types/vllm_gqsa
+	@ln -s $(addprefix ../../../,$(filter-out %__pycache__,$(wildcard vllm_gqsa/*)) offline) build/types/vllm_gqsa/
+	$(BIN)/mypy
+
+demo: setup ## Compress SmolLM2-135M and talk to it through vllm serve
+	$(BIN)/python -m benchmarks.demo.run
+
+clean: ## Remove .venv, build and caches
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,1 @@
+"""Scripts that measure or show something, and their results; not installed."""

@@ -1,0 +1,1 @@
+"""`make setup` and `make demo`."""

@@ -1,0 +1,248 @@
+"""Real vLLM engines on the CPU with tiny models: what they generate, and how they refuse bad checkpoints."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("vllm", reason="needs vLLM")
+
+from tests.helpers import FAMILIES, compress_randomly, edit_quantization, edit_tensors, make_dense
+
+PROMPTS = [[5, 17, 33], [9], [100, 101, 102, 103, 104, 105, 106], [200, 3, 77, 12]]
+ENGINE = Path(__file__).with_name("engine.py")
+ENVIRONMENT = {
+    **os.environ,
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+}
+
+
+def engines(folder, jobs, *, own_process=False, timeout=240, **environment):
+    """Run jobs one after another in one process; see engine.py."""
+    folder.mkdir(exist_ok=True)
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    env = {**ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "1" if own_process else "0", **environment}
+    done = subprocess.run(
+        [sys.executable, ENGINE, folder / "jobs.json", folder / "results.json"],
+        env=env,
+        timeout=timeout,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
+    return json.loads((folder / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama")
+    return compress_randomly(make_dense(folder / "dense"), folder)
+
+
+@pytest.fixture(scope="module")
+def served(llama, tmp_path_factory):
+    """Tokens of the compressed model and its twin, of dummy weights, and of a reload to B and back to A."""
+    folder = tmp_path_factory.mktemp("served")
+    other = compress_randomly(llama.checkpoint.parent / "dense", folder / "other", scale=1.5)
+    jobs = [
+        {"model": str(llama.twin), "prompts": PROMPTS},
+        {"model": str(other.twin), "prompts": PROMPTS},
+        {
+            "model": str(llama.checkpoint),
+            "prompts": PROMPTS,
+            "reload": [str(other.checkpoint), str(llama.checkpoint)],
+            "options": {"quantization": "gqsa"},
+        },
+        {"model": str(llama.checkpoint), "prompts": PROMPTS, "options": {"load_format": "dummy"}},
+    ]
+    return engines(folder, jobs)
+
+
+def test_tokens_equal_the_twin(served):
+    twin, _, compressed, _ = served
+    assert compressed["tokens"] == twin["tokens"]
+    assert len({tuple(tokens) for tokens in twin["tokens"]}) == len(PROMPTS)
+
+
+def test_reload_to_other_weights_and_back(served):
+    twin, other, compressed, _ = served
+    assert compressed["after"] == [other["tokens"], twin["tokens"]]
+    assert other["tokens"] != twin["tokens"]
+
+
+def test_dummy_weights_run(served):
+    assert all(len(tokens) == 12 for tokens in served[3]["tokens"])
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("families")
+    jobs = []
+    for family in FAMILIES[1:]:
+        made = compress_randomly(make_dense(folder / family / "dense", family), folder / family)
+        jobs += [{"model": str(each), "prompts": PROMPTS} for each in (made.twin, made.checkpoint)]
+    results = engines(folder, jobs)
+    return {family: results[2 * at : 2 * at + 2] for at, family in enumerate(FAMILIES[1:])}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES[1:])
+def test_every_family_equals_its_twin(families, family):
+    twin, compressed = families[family]
+    assert "tokens" in compressed, compressed
+    assert compressed["tokens"] == twin["tokens"]
+
+
+@pytest.mark.slow
+def test_two_ranks_equal_one(served, llama, tmp_path):
+    # Two KV heads on two ranks, and every row-parallel layer cut in two.
+    jobs = [{"model": str(llama.checkpoint), "prompts": PROMPTS, "options": {"tensor_parallel_size": 2}}]
+    (result,) = engines(tmp_path / "two", jobs, own_process=True)
+    assert result.get("tokens") == served[0]["tokens"], result
+
+
+# -- bad checkpoints -------------------------------------------------------------------------------------------
+
+UP = "model.layers.1.mlp.up_proj"
+PIECES = ("crow_indices", "group_mask", "qweight", "scale_zero")
+
+
+def missing_tensor(folder):
+    edit_tensors(folder, remove=(f"{UP}.scale_zero",))
+
+
+def missing_module(folder):
+    edit_tensors(folder, remove=tuple(f"{UP}.{piece}" for piece in PIECES))
+
+
+def truncated(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-5000])
+
+
+def wrong_dtype(folder):
+    from safetensors.torch import load_file
+
+    wide = load_file(folder / "model.safetensors")[f"{UP}.qweight"].int()
+    edit_tensors(folder, **{f"{UP}.qweight": wide})
+
+
+def lying_nnz(folder):
+    modules = json.loads((folder / "config.json").read_text())["quantization_config"]["modules"]
+    modules[UP]["nnz"] -= 1
+    edit_quantization(folder, modules=modules)
+
+
+def unknown_version(folder):
+    edit_quantization(folder, format_version=2)
+
+
+def half_ignored(folder):
+    modules = json.loads((folder / "config.json").read_text())["quantization_config"]["modules"]
+    del modules[UP]
+    edit_quantization(folder, modules=modules, ignore=["lm_head", UP])
+    edit_tensors(folder, remove=tuple(f"{UP}.{p}" for p in PIECES), **{f"{UP}.weight": torch.zeros(256, 128)})
+
+
+BAD = {
+    missing_tensor: f"{UP}.scale_zero is missing, though config.json lists {UP}",
+    missing_module: f"{UP}.crow_indices is missing, though config.json lists {UP}",
+    truncated: "model.safetensors: is not a complete safetensors file",
+    wrong_dtype: f"{UP}: qweight is torch.int32, expected torch.uint8",
+    lying_nnz: f"{UP}: holds nnz = ",
+    unknown_version: "config.json: format_version 2 is unknown",
+    half_ignored: f"model.layers.1.mlp.gate_up_proj: model.layers.1.mlp.gate_proj compressed but {UP} ignored",
+}
+
+
+@pytest.fixture(scope="module")
+def refusals(llama, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bad")
+    jobs = []
+    for spoil in BAD:
+        copy = shutil.copytree(llama.checkpoint, folder / spoil.__name__)
+        spoil(copy)
+        jobs.append({"model": str(copy), "prompts": PROMPTS})
+    jobs.append({"model": str(llama.twin), "prompts": PROMPTS, "options": {"quantization": "gqsa"}})
+    jobs.append({"model": str(mixture(folder / "mixture")), "prompts": PROMPTS})
+    return dict(zip([*(spoil.__name__ for spoil in BAD), "plain", "mixture"], engines(folder, jobs), strict=True))
+
+
+def mixture(folder):
+    """A mixture-of-experts model whose attention is compressed."""
+    import transformers as hf
+
+    folder.mkdir()
+    config = hf.MixtralConfig(
+        hidden_size=128,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        vocab_size=256,
+        architectures=["MixtralForCausalLM"],
+    )
+    config.save_pretrained(folder)
+    attention = [f"model.layers.0.self_attn.{each}_proj" for each in "qkvo"]
+    quantization = {
+        "quant_method": "gqsa",
+        "format_version": 1,
+        "bits": 4,
+        "group_size": 16,
+        "sparsity": 0.5,
+        "pattern": "row",
+        "ignore": ["lm_head", "re:.*gate"],
+        "modules": {name: {"nnz": 512} for name in attention},
+    }
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": quantization}))
+    return folder
+
+
+@pytest.mark.parametrize("spoil", BAD, ids=lambda spoil: spoil.__name__)
+def test_bad_checkpoints_end_in_one_sentence(refusals, spoil):
+    assert BAD[spoil] in refusals[spoil.__name__].get("error", "no error")
+
+
+def test_plain_model_ends_in_one_sentence(refusals, llama):
+    expected = f"{llama.twin} is not a GQSA checkpoint (its config.json has no quantization_config): compress it with"
+    assert expected in refusals["plain"].get("error", "no error")
+
+
+def test_mixture_of_experts_ends_in_one_sentence(refusals):
+    assert "experts: this is a mixture-of-experts model" in refusals["mixture"].get("error", "no error")
+
+
+@pytest.mark.parametrize("case", [pytest.param("group size under two ranks", marks=pytest.mark.slow), "missing tensor"])
+def test_server_exits_with_an_error(case, llama, tmp_path):
+    options = []
+    if case == "missing tensor":
+        folder = shutil.copytree(llama.checkpoint, tmp_path / "copy")
+        missing_tensor(folder)
+        sentence = BAD[missing_tensor]
+    else:
+        folder = compress_randomly(llama.checkpoint.parent / "dense", tmp_path, group_size=128).checkpoint
+        options = ["--tensor-parallel-size", "2"]
+        sentence = "o_proj: in_features K = 128 split over 2 tensor-parallel ranks gives 64 a rank"
+    server = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder, "--port", "0"]
+    done = subprocess.run(
+        [*server, "--skip-tokenizer-init", "--dtype", "float32", "--enforce-eager", "--max-model-len", "64", *options],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert sentence in done.stdout + done.stderr

@@ -1,0 +1,307 @@
+"""The loader for every kind of layer and every rank of a pretended tensor-parallel group, without processes."""
+
+import random
+
+import pytest
+import torch
+
+pytest.importorskip("vllm", reason="needs vLLM")
+
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers import linear as vllm_linear
+
+from tests.helpers import random_matrix
+from vllm_gqsa.format import TENSORS, FormatError, GqsaConfig, GroupSparseMatrix
+from vllm_gqsa.plugin.config import GqsaQuantizationConfig
+
+HEAD, HEADS, KV_HEADS, K, WIDE = 16, 8, 2, 128, 256
+RANKS = [(rank, size) for size in (1, 2, 4) for rank in range(size)]
+
+MATRICES = {
+    "a.q_proj": random_matrix(HEADS * HEAD, K, density=0.3, seed=1),
+    "a.k_proj": random_matrix(KV_HEADS * HEAD, K, density=0.7, seed=2),
+    "a.v_proj": random_matrix(KV_HEADS * HEAD, K, density=0.5, seed=3),
+    "m.gate_proj": random_matrix(WIDE, K, density=0.35, seed=4),
+    "m.up_proj": random_matrix(WIDE, K, density=0.65, seed=5),
+    "m.down_proj": random_matrix(K, WIDE, density=0.5, seed=6),
+}
+DENSE = {name: matrix.to_dense() for name, matrix in MATRICES.items()}
+FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+
+
+@pytest.fixture(autouse=True)
+def vllm_config(monkeypatch):
+    pretend(monkeypatch, 0, 1)
+    with set_current_vllm_config(VllmConfig()):
+        yield
+
+
+@pytest.fixture(params=RANKS, ids=lambda r: f"rank{r[0]}of{r[1]}")
+def tp(request, monkeypatch):
+    pretend(monkeypatch, *request.param)
+    return request.param
+
+
+def pretend(monkeypatch, rank, size):
+    monkeypatch.setattr(vllm_linear, "get_tensor_model_parallel_rank", lambda: rank)
+    monkeypatch.setattr(vllm_linear, "get_tensor_model_parallel_world_size", lambda: size)
+
+
+def config_for(matrices, **changes):
+    raw = {
+        "quant_method": "gqsa",
+        "format_version": 1,
+        "bits": 4,
+        "group_size": 16,
+        "sparsity": 0.5,
+        "pattern": "matrix",
+        "ignore": ["lm_head"],
+        "modules": {name: {"nnz": matrix.nnz} for name, matrix in matrices.items()},
+    }
+    config = GqsaQuantizationConfig(GqsaConfig.parse({**raw, **changes}, "test"))
+    config.packed_modules_mapping = FUSED
+    return config
+
+
+def qkv(config):
+    return vllm_linear.QKVParallelLinear(K, HEAD, HEADS, KV_HEADS, bias=False, quant_config=config, prefix="a.qkv_proj")
+
+
+def gate_up(config):
+    return vllm_linear.MergedColumnParallelLinear(
+        K, [WIDE, WIDE], bias=False, quant_config=config, prefix="m.gate_up_proj"
+    )
+
+
+def down(config):
+    return vllm_linear.RowParallelLinear(WIDE, K, bias=False, quant_config=config, prefix="m.down_proj")
+
+
+def load(layer, pieces, seed=0):
+    """Feed ``(shard id, matrix)`` pairs to the layer's loaders, all tensors of all of them in random order."""
+    arrivals = [(shard, name, tensor) for shard, m in pieces for name, tensor in m.tensors().items()]
+    random.Random(seed).shuffle(arrivals)
+    for shard, name, tensor in arrivals:
+        parameter = getattr(layer, name)
+        extra = () if shard is None else (shard,)
+        parameter.weight_loader(parameter, tensor, *extra)
+
+
+def finished(layer):
+    """The dense weight that the layer multiplies by, seen through the op itself."""
+    layer.quant_method.process_weights_after_loading(layer)
+    columns = layer.quant_method.in_features
+    assert not any(type(getattr(layer, name)) is not torch.nn.Parameter for name in TENSORS)
+    weight = layer.quant_method.dequantize_weight(layer)
+    torch.testing.assert_close(layer.quant_method.apply(layer, torch.eye(columns)).t(), weight)
+    return weight
+
+
+def kv_rows(rank, size):
+    rows = max(1, KV_HEADS // size) * HEAD
+    start = rank // max(1, size // KV_HEADS) * rows
+    return slice(start, start + rows)
+
+
+def qkv_rows(rank, size):
+    rows = HEADS * HEAD // size
+    kv = kv_rows(rank, size)
+    return torch.cat([DENSE["a.q_proj"][rank * rows :][:rows], DENSE["a.k_proj"][kv], DENSE["a.v_proj"][kv]])
+
+
+def part(rank, size):
+    return slice(rank * WIDE // size, (rank + 1) * WIDE // size)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_qkv(tp, seed):
+    layer = qkv(config_for(MATRICES))
+    load(layer, [(each, MATRICES[f"a.{each}_proj"]) for each in "qkv"], seed)
+    assert torch.equal(finished(layer), qkv_rows(*tp))
+
+
+def test_qkv_joined_on_disk(tp):
+    joined = GroupSparseMatrix.concat([MATRICES[f"a.{each}_proj"] for each in "qkv"])
+    layer = qkv(config_for({"a.qkv_proj": joined}))
+    load(layer, [(None, joined)])
+    assert torch.equal(finished(layer), qkv_rows(*tp))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_merged_columns(tp, seed):
+    layer = gate_up(config_for(MATRICES))
+    load(layer, [(0, MATRICES["m.gate_proj"]), (1, MATRICES["m.up_proj"])], seed)
+    rows = part(*tp)
+    assert torch.equal(finished(layer), torch.cat([DENSE["m.gate_proj"][rows], DENSE["m.up_proj"][rows]]))
+
+
+@pytest.mark.parametrize("shard", [None, (0, 1)])
+def test_merged_columns_joined_on_disk(tp, shard):
+    joined = GroupSparseMatrix.concat([MATRICES["m.gate_proj"], MATRICES["m.up_proj"]])
+    layer = gate_up(config_for({"m.gate_up_proj": joined}))
+    load(layer, [(shard, joined)])
+    rows = part(*tp)
+    assert torch.equal(finished(layer), torch.cat([DENSE["m.gate_proj"][rows], DENSE["m.up_proj"][rows]]))
+
+
+def test_columns(tp):
+    layer = vllm_linear.ColumnParallelLinear(K, WIDE, bias=False, quant_config=config_for(MATRICES), prefix="m.up_proj")
+    load(layer, [(None, MATRICES["m.up_proj"])])
+    assert torch.equal(finished(layer), DENSE["m.up_proj"][part(*tp)])
+
+
+def test_rows(tp):
+    layer = down(config_for(MATRICES))
+    load(layer, [(None, MATRICES["m.down_proj"])])
+    assert torch.equal(finished(layer), DENSE["m.down_proj"][:, part(*tp)])
+
+
+def test_replicated(tp):
+    layer = vllm_linear.ReplicatedLinear(K, WIDE, bias=False, quant_config=config_for(MATRICES), prefix="m.up_proj")
+    load(layer, [(None, MATRICES["m.up_proj"])])
+    assert torch.equal(finished(layer), DENSE["m.up_proj"])
+
+
+@pytest.mark.parametrize("kind", ["ColumnParallelLinear", "RowParallelLinear"])
+def test_tensor_parallelism_switched_off(tp, kind):
+    name = "m.up_proj" if kind.startswith("Column") else "m.down_proj"
+    rows, columns = DENSE[name].shape
+    make = getattr(vllm_linear, kind)
+    layer = make(columns, rows, bias=False, quant_config=config_for(MATRICES), prefix=name, disable_tp=True)
+    load(layer, [(None, MATRICES[name])])
+    assert torch.equal(finished(layer), DENSE[name])
+
+
+def test_bias_is_added():
+    layer = vllm_linear.ReplicatedLinear(K, WIDE, quant_config=config_for(MATRICES), prefix="m.up_proj")
+    load(layer, [(None, MATRICES["m.up_proj"])])
+    layer.quant_method.process_weights_after_loading(layer)
+    torch.nn.init.normal_(layer.bias)
+    x = torch.randn(3, K)
+    expected = torch.nn.functional.linear(x, DENSE["m.up_proj"], layer.bias)
+    assert torch.equal(layer(x)[0], expected)
+
+
+def test_dequantize_before_processing():
+    layer = down(config_for(MATRICES))
+    load(layer, [(None, MATRICES["m.down_proj"])])
+    assert torch.equal(layer.quant_method.dequantize_weight(layer), DENSE["m.down_proj"])
+    assert torch.equal(finished(layer), DENSE["m.down_proj"])
+
+
+def test_full_copy_is_dropped_at_once(monkeypatch):
+    pretend(monkeypatch, 1, 4)
+    layer = down(config_for(MATRICES))
+    staging = layer.qweight.staging
+    load(layer, [(None, MATRICES["m.down_proj"])])
+    (kept,) = staging._parts.values()
+    assert not staging._raw
+    assert kept.qweight.untyped_storage().nbytes() == kept.qweight.nbytes < MATRICES["m.down_proj"].qweight.nbytes
+
+
+def test_processing_twice_changes_nothing():
+    layer = down(config_for(MATRICES))
+    load(layer, [(None, MATRICES["m.down_proj"])])
+    finished(layer)
+    before = layer.qweight
+    layer.quant_method.process_weights_after_loading(layer)
+    assert layer.qweight is before
+
+
+def test_dummy_weights_are_a_valid_matrix(tp):
+    config = VllmConfig()
+    config.load_config.load_format = "dummy"
+    with set_current_vllm_config(config):
+        layer = down(config_for(MATRICES, sparsity=0.25))
+    layer.quant_method.process_weights_after_loading(layer)
+    columns = WIDE // tp[1]
+    tensors = {name: getattr(layer, name).data for name in TENSORS}
+    matrix = GroupSparseMatrix.from_tensors(tensors, columns, 16)
+    matrix.validate("dummy", (K, columns))
+    assert matrix.sparsity == 0.25
+
+
+# -- rejections ----------------------------------------------------------------------------------------------
+
+
+def test_missing_shard():
+    layer = qkv(config_for(MATRICES))
+    load(layer, [("q", MATRICES["a.q_proj"]), ("v", MATRICES["a.v_proj"])])
+    with pytest.raises(FormatError, match=r"a.qkv_proj: a.k_proj.\* missing from the checkpoint"):
+        layer.quant_method.process_weights_after_loading(layer)
+
+
+def test_missing_layer():
+    layer = gate_up(config_for(MATRICES))
+    with pytest.raises(FormatError, match=r"m.gate_proj.\*, m.up_proj.\* missing from the checkpoint"):
+        layer.quant_method.process_weights_after_loading(layer)
+
+
+def test_missing_tensor():
+    layer = gate_up(config_for(MATRICES))
+    load(layer, [(0, MATRICES["m.gate_proj"])])
+    for name in ("crow_indices", "qweight", "scale_zero"):
+        parameter = getattr(layer, name)
+        parameter.weight_loader(parameter, MATRICES["m.up_proj"].tensors()[name], 1)
+    with pytest.raises(FormatError, match="m.up_proj.group_mask missing from the checkpoint"):
+        layer.quant_method.process_weights_after_loading(layer)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"scale_zero": MATRICES["m.up_proj"].scale_zero.int()}, "m.up_proj: scale_zero is torch.int32"),
+        ({"qweight": MATRICES["m.up_proj"].qweight[:-1]}, "m.up_proj: scale_zero has shape"),
+        ({"crow_indices": MATRICES["m.up_proj"].crow_indices[:-1]}, "m.up_proj: crow_indices has shape"),
+        ({"scale_zero": MATRICES["m.up_proj"].scale_zero * 0}, "m.up_proj: scale_zero.* holds the scale 0.0"),
+    ],
+)
+def test_broken_matrix(changes, message):
+    layer = gate_up(config_for(MATRICES))
+    matrix = GroupSparseMatrix.from_tensors({**MATRICES["m.up_proj"].tensors(), **changes}, K, 16)
+    with pytest.raises(FormatError, match=message):
+        load(layer, [(1, matrix)])
+
+
+def test_lying_nnz():
+    lied = {**MATRICES, "m.up_proj": MATRICES["m.gate_proj"]}
+    layer = gate_up(config_for(lied))
+    with pytest.raises(FormatError, match="m.up_proj: holds nnz = [0-9]+ groups, config.json says [0-9]+"):
+        load(layer, [(1, MATRICES["m.up_proj"])])
+
+
+def test_lying_nnz_of_parts_joined_on_disk():
+    joined = GroupSparseMatrix.concat([MATRICES["m.gate_proj"], MATRICES["m.up_proj"]])
+    layer = gate_up(config_for({**MATRICES, "m.up_proj": MATRICES["m.gate_proj"]}))
+    load(layer, [((0, 1), joined)])
+    with pytest.raises(FormatError, match="m.gate_up_proj: holds nnz = [0-9]+ groups, config.json says [0-9]+"):
+        layer.quant_method.process_weights_after_loading(layer)
+
+
+def test_unknown_shard():
+    layer = qkv(config_for(MATRICES))
+    with pytest.raises(FormatError, match="a.qkv_proj: has no shard 'w', only q, k, v"):
+        layer.qweight.weight_loader(layer.qweight, MATRICES["a.q_proj"].qweight, "w")
+
+
+def test_group_size_that_does_not_divide_a_rank(monkeypatch):
+    pretend(monkeypatch, 0, 4)
+    matrix = random_matrix(K, WIDE, group_size=128)
+    config = config_for({"m.down_proj": matrix}, group_size=128)
+    expected = "m.down_proj: in_features K = 256 split over 4 .* 64 a rank, .* G = 128; use .* size of 2"
+    with pytest.raises(FormatError, match=expected):
+        down(config)
+
+
+def test_reload_of_another_size():
+    layer = down(config_for(MATRICES))
+    load(layer, [(None, MATRICES["m.down_proj"])])
+    placeholders = {name: getattr(layer, name) for name in TENSORS}
+    finished(layer)
+    other = random_matrix(K, WIDE, density=0.9, seed=7)
+    for name, placeholder in placeholders.items():
+        setattr(layer, name, placeholder)
+        object.__setattr__(placeholder.staging.plan.sources, "nnz", (other.nnz,))
+    load(layer, [(None, other)])
+    with pytest.raises(FormatError, match="only a checkpoint with the same counts"):
+        layer.quant_method.process_weights_after_loading(layer)

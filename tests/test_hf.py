@@ -1,0 +1,149 @@
+import json
+import shutil
+
+import pytest
+import torch
+
+from tests.helpers import (
+    FAMILIES,
+    VOCABULARY,
+    compress_randomly,
+    edit_json,
+    edit_quantization,
+    edit_tensors,
+    make_dense,
+)
+from vllm_gqsa.format import FormatError
+
+hf = pytest.importorskip("transformers", reason="needs transformers")
+gqsa_hf = pytest.importorskip("vllm_gqsa.hf")
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama")
+    return compress_randomly(make_dense(folder / "dense"), folder)
+
+
+@pytest.fixture
+def copy(llama, tmp_path):
+    return shutil.copytree(llama.checkpoint, tmp_path / "copy")
+
+
+def load(folder, **kwargs):
+    return hf.AutoModelForCausalLM.from_pretrained(folder, **{"dtype": torch.float32, **kwargs})
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_equal_the_twin_exactly(family, tied, tmp_path):
+    pair = compress_randomly(make_dense(tmp_path / "dense", family, tie_word_embeddings=tied), tmp_path)
+    tokens = torch.randint(3, VOCABULARY, (2, 17), generator=torch.Generator().manual_seed(1))
+    model = load(pair.checkpoint)
+    with torch.no_grad():
+        assert torch.equal(model(tokens).logits, load(pair.twin)(tokens).logits)
+    compressed = {name for name, module in model.named_modules() if isinstance(module, gqsa_hf.GqsaLinear)}
+    assert compressed == set(pair.matrices)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_equals_the_twin_exactly(llama, dtype):
+    tokens = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        expected = load(llama.twin, dtype=dtype)(tokens).logits
+        model = load(llama.checkpoint, dtype=dtype)
+        assert torch.equal(model(tokens).logits, expected)
+    assert model.get_submodule("model.layers.0.mlp.up_proj").scale_zero.dtype == torch.int16
+
+
+def test_generates_the_tokens_of_the_twin(llama):
+    tokens = torch.arange(3, 9)[None]
+    both = [load(each).generate(tokens, max_new_tokens=8, do_sample=False) for each in (llama.checkpoint, llama.twin)]
+    assert torch.equal(*both)
+
+
+def test_saved_again_it_is_the_same_checkpoint(llama, tmp_path):
+    load(llama.checkpoint).save_pretrained(tmp_path / "again")
+    config = json.loads((tmp_path / "again/config.json").read_text())["quantization_config"]
+    assert config == json.loads((llama.checkpoint / "config.json").read_text())["quantization_config"]
+    tokens = torch.arange(3, 9)[None]
+    with torch.no_grad():
+        assert torch.equal(load(tmp_path / "again")(tokens).logits, load(llama.checkpoint)(tokens).logits)
+
+
+def test_prints_shape_and_size(llama):
+    text = str(load(llama.checkpoint))
+    assert "in_features=128, out_features=256, bias=False, group_size=16, nnz=" in text
+
+
+Q = "model.layers.0.self_attn.q_proj"
+
+
+def drop_tensor(folder):
+    edit_tensors(folder, remove=(f"{Q}.scale_zero",))
+
+
+def drop_module(folder):
+    edit_tensors(folder, remove=tuple(f"{Q}.{p}" for p in ("crow_indices", "group_mask", "qweight", "scale_zero")))
+
+
+def add_tensor(folder):
+    edit_tensors(folder, **{"model.layers.0.mlp.gate.qweight": torch.zeros(1, 8, dtype=torch.uint8)})
+
+
+def truncate(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def corrupt(folder):
+    edit_tensors(folder, **{f"{Q}.scale_zero": torch.zeros_like(_tensor(folder, f"{Q}.scale_zero"))})
+
+
+def wrong_dtype(folder):
+    edit_tensors(folder, **{f"{Q}.scale_zero": _tensor(folder, f"{Q}.scale_zero").int()})
+
+
+def lie(folder):
+    modules = json.loads((folder / "config.json").read_text())["quantization_config"]["modules"]
+    modules[Q]["nnz"] += 1
+    edit_quantization(folder, modules=modules)
+
+
+def unknown_version(folder):
+    edit_quantization(folder, format_version=9)
+
+
+def unknown_module(folder):
+    edit_json(folder / "config.json", num_hidden_layers=1)
+
+
+def drop_dense(folder):
+    edit_tensors(folder, remove=("lm_head.weight",))
+
+
+def _tensor(folder, name):
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")[name]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (drop_tensor, f"{Q}.scale_zero is missing"),
+        (drop_module, f"{Q}.crow_indices is missing"),
+        (add_tensor, "model.layers.0.mlp.gate, which config.json does not list"),
+        (truncate, "model.safetensors: is not a complete safetensors file"),
+        (corrupt, rf"{Q}: scale_zero\[0\] holds the scale 0.0"),
+        (wrong_dtype, f"{Q}: scale_zero is torch.int32, expected torch.int16"),
+        (lie, f"{Q}: holds nnz = [0-9]+ groups, config.json says [0-9]+"),
+        (unknown_version, "format_version 9 is unknown"),
+        (unknown_module, "config.json lists model.layers.1.*which LlamaForCausalLM does not have"),
+        (drop_dense, "lm_head.weight is missing"),
+    ],
+)
+def test_bad_checkpoints_end_in_one_sentence(copy, spoil, message):
+    spoil(copy)
+    with pytest.raises(FormatError, match=message):
+        load(copy)

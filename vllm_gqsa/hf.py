@@ -1,0 +1,200 @@
+"""Plain transformers: ``import vllm_gqsa.hf`` and ``AutoModelForCausalLM.from_pretrained`` reads GQSA checkpoints.
+
+Without the import transformers only warns and returns a model with random linears.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from vllm_gqsa.format import (
+    TENSORS,
+    FormatError,
+    GqsaConfig,
+    GroupSparseMatrix,
+    check_group_size,
+    check_tensor_names,
+)
+from vllm_gqsa.kernels import linear
+
+__all__ = ["GqsaHfConfig", "GqsaLinear", "GqsaQuantizer"]
+
+
+class GqsaLinear(torch.nn.Module):
+    """A linear layer with a group-sparse INT4 weight.
+
+    Buffers are the four tensors of the format; ``bias`` is a parameter ``[out_features]`` or None.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, nnz: int, group_size: int, bias: torch.Tensor | None = None
+    ) -> None:
+        """Make room for ``nnz`` groups on the default device; the values come from a checkpoint.
+
+        Raises:
+            FormatError: the group size is not supported or does not divide in_features.
+        """
+        super().__init__()
+        check_group_size(group_size, in_features, "GqsaLinear")
+        self.in_features = in_features
+        self.out_features = out_features
+        self.group_size = group_size
+        shapes = {
+            "crow_indices": (out_features + 1,),
+            "group_mask": (out_features, -(-in_features // group_size // 8)),
+            "qweight": (nnz, group_size // 2),
+            "scale_zero": (nnz,),
+        }
+        for name, dtype in TENSORS.items():
+            self.register_buffer(name, torch.zeros(shapes[name], dtype=dtype))
+        self.bias = None if bias is None else torch.nn.Parameter(bias, requires_grad=False)
+
+    @property
+    def matrix(self) -> GroupSparseMatrix:
+        """The weight."""
+        return GroupSparseMatrix.from_tensors(
+            {name: getattr(self, name) for name in TENSORS}, self.in_features, self.group_size
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``[..., in_features]`` to ``[..., out_features]`` in the dtype of ``x``."""
+        return linear(x, self.matrix, self.bias)
+
+    def extra_repr(self) -> str:
+        """Shape and size, for ``print(model)``."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"group_size={self.group_size}, nnz={self.matrix.nnz}"
+        )
+
+
+class GqsaHfConfig(QuantizationConfigMixin):
+    """transformers' view of ``quantization_config``."""
+
+    def __init__(self, **raw: Any) -> None:  # noqa: ANN401 - JSON
+        """Read the keys of ``quantization_config``.
+
+        Raises:
+            FormatError: one sentence with the key at fault.
+        """
+        self.quant_method = "gqsa"
+        self.config = GqsaConfig.parse(raw, "config.json")
+
+    def to_dict(self) -> dict[str, Any]:
+        """What stands in config.json."""
+        return self.config.to_json()
+
+
+class GqsaQuantizer(HfQuantizer):
+    """Puts :class:`GqsaLinear` in place before the weights are read and checks them afterwards."""
+
+    requires_calibration = True
+    quantization_config: GqsaHfConfig
+
+    def _process_model_before_weight_loading(
+        self,
+        model: PreTrainedModel,
+        checkpoint_files: list[str] | None = None,
+        **kwargs: Any,  # noqa: ANN401 - transformers' signature
+    ) -> PreTrainedModel:
+        """Check names and replace linears; transformers itself only warns about what is missing.
+
+        Raises:
+            FormatError: a file is truncated, tensors are missing or not listed, or a listed module is not there.
+        """
+        config = self.quantization_config.config
+        if not checkpoint_files or not str(checkpoint_files[0]).endswith(".safetensors"):
+            raise FormatError("a GQSA checkpoint is made of safetensors files, and none were found")
+        names = set(_tensor_names([Path(file) for file in checkpoint_files]))
+        check_tensor_names(config, names, str(Path(checkpoint_files[0]).parent))
+        _replace_linears(model, config)
+        _check_dense(model, names, str(Path(checkpoint_files[0]).parent))
+        return model
+
+    def _process_model_after_weight_loading(
+        self,
+        model: PreTrainedModel,
+        **kwargs: Any,  # noqa: ANN401 - transformers' signature
+    ) -> PreTrainedModel:
+        """Validate every matrix.
+
+        Raises:
+            FormatError: a matrix breaks the format or has another nnz than config.json says.
+        """
+        modules = self.quantization_config.config.modules
+        for name, module in model.named_modules():
+            if not isinstance(module, GqsaLinear) or module.qweight.is_meta:
+                continue
+            matrix = module.matrix
+            matrix.validate(name, (module.out_features, module.in_features))
+            # Loading puts whatever shape the file holds in the place of the buffer.
+            if matrix.nnz != modules[name].nnz:
+                raise FormatError(f"{name}: holds nnz = {matrix.nnz} groups, config.json says {modules[name].nnz}")
+        return model
+
+    def is_serializable(self, *_: object, **__: object) -> bool:
+        """Yes: ``save_pretrained`` writes the buffers as they are."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """No: codes and scales have no gradient."""
+        return False
+
+
+def _tensor_names(files: list[Path]) -> Iterator[str]:
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as handle:
+                yield from handle.keys()
+        except (SafetensorError, OSError) as error:
+            raise FormatError(f"{path}: is not a complete safetensors file: {error}") from error
+
+
+def _replace_linears(model: PreTrainedModel, config: GqsaConfig) -> None:
+    for name, entry in config.modules.items():
+        try:
+            old = model.get_submodule(name)
+        except AttributeError:
+            raise FormatError(f"config.json lists {name}, which {type(model).__name__} does not have") from None
+        if not isinstance(old, torch.nn.Linear):
+            raise FormatError(f"config.json lists {name}, which is a {type(old).__name__} and not a linear")
+        check_group_size(config.group_size, old.in_features, name)
+        new = GqsaLinear(old.in_features, old.out_features, entry.nnz, config.group_size, old.bias)
+        model.set_submodule(name, new)
+
+
+def _check_dense(model: PreTrainedModel, names: set[str], where: str) -> None:
+    """Check that the checkpoint holds the dense weight of every linear that is not compressed.
+
+    Raises:
+        FormatError: one is missing, and the module is not tied to another (an output head to the embedding).
+    """
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    for name, module in model.named_modules():
+        weight = f"{name}.weight"
+        if isinstance(module, torch.nn.Linear) and weight not in names and weight not in tied:
+            raise FormatError(f"{where}: {weight} is missing, and config.json does not list {name} as compressed")
+
+
+def _register() -> None:
+    # transformers raises on a second registration; a reload of this module is none of its business.
+    if "gqsa" not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config("gqsa")(GqsaHfConfig)
+    if "gqsa" not in AUTO_QUANTIZER_MAPPING:
+        register_quantizer("gqsa")(GqsaQuantizer)
+
+
+_register()

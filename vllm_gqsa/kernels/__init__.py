@@ -1,0 +1,8 @@
+"""``y = x W^T`` with a group-sparse INT4 weight: importing this package registers the op ``gqsa::linear``.
+
+Needs torch, not vLLM.
+"""
+
+from vllm_gqsa.kernels.ops import linear
+
+__all__ = ["linear"]

@@ -1,0 +1,172 @@
+"""The quantization config ``gqsa``: which layer of a vLLM model is compressed, and what is wrong where none fits."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+
+from vllm_gqsa.format import CheckpointReader, GqsaConfig, is_ignored
+from vllm_gqsa.plugin.shards import Sources
+
+__all__ = ["GqsaQuantizationConfig"]
+
+_WEIGHTS = ("model.safetensors.index.json", "model.safetensors")
+
+
+class GqsaQuantizationConfig(QuantizationConfig):
+    """vLLM's view of ``quantization_config``."""
+
+    def __init__(self, config: GqsaConfig | None = None) -> None:
+        """Wrap a configuration.
+
+        Args:
+            config: None when vLLM was told ``--quantization gqsa`` but the model has no quantization_config; the
+                model's name is not known yet, so :meth:`maybe_update_config` says it.
+        """
+        super().__init__()
+        self.config = config
+
+    def __repr__(self) -> str:
+        if self.config is None:
+            return "GqsaQuantizationConfig(no quantization_config)"
+        c = self.config
+        return f"GqsaQuantizationConfig(G={c.group_size}, sparsity={c.sparsity}, modules={len(c.modules)})"
+
+    # -- what vLLM asks of a method ------------------------------------------------------------------------
+
+    def get_name(self) -> str:
+        """``gqsa``."""
+        return "gqsa"
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        """Dtypes a model can run in."""
+        return [torch.float32, torch.float16, torch.bfloat16]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """Smallest CUDA compute capability, times ten."""
+        return 70
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """None: everything is in config.json. vLLM then calls ``cls()`` for a model without quantization_config."""
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "GqsaQuantizationConfig":
+        """Read the ``quantization_config`` of config.json.
+
+        Raises:
+            FormatError: one sentence with the key at fault.
+        """
+        # Here and not when the first layer is built: a broken installation shows before a worker starts.
+        import vllm_gqsa.plugin.linear  # noqa: F401, PLC0415
+
+        return cls(GqsaConfig.parse(config, "config.json"))
+
+    def maybe_update_config(self, model_name: str, *_: object, **__: object) -> None:
+        """Check the checkpoint as far as that needs no data; vLLM calls this once, before it starts workers.
+
+        Args:
+            model_name: folder or hub name. Only a folder can be looked at here; what comes from elsewhere is
+                checked as it is loaded.
+
+        Raises:
+            ValueError: the model is not a GQSA checkpoint.
+            FormatError: a file is truncated or missing, or tensors and config.json disagree.
+        """
+        if self.config is None:
+            raise ValueError(
+                f"{model_name} is not a GQSA checkpoint (its config.json has no quantization_config): compress it "
+                "with `gqsa compress`, or leave out --quantization gqsa to serve it as it is"
+            )
+        folder = Path(model_name)
+        # --load-format dummy needs no weights at all.
+        if any((folder / name).exists() for name in _WEIGHTS):
+            CheckpointReader(folder, self.config)
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:  # noqa: ANN401 - vLLM's WeightsMapper
+        """Rename modules as this model class does.
+
+        Regular expressions in ``ignore`` are left alone: they are matched with the names inside vLLM. Where one
+        no longer matches, the layer is reported, never silently treated as something else.
+        """
+        if self.config is None:
+            return
+        exact = [name for name in self.config.ignore if not name.startswith("re:")]
+        patterns = [name for name in self.config.ignore if name.startswith("re:")]
+        self.config = self.config.model_copy(
+            update={
+                "ignore": (*hf_to_vllm_mapper.apply_list(exact), *patterns),
+                "modules": hf_to_vllm_mapper.apply_dict(self.config.modules),
+            }
+        )
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """The method for one layer; None leaves it as it is.
+
+        Raises:
+            ValueError: the layer is half compressed, or neither compressed nor ignored.
+            NotImplementedError: a mixture of experts, or a compressed layer that is not a linear.
+        """
+        from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod  # noqa: PLC0415
+
+        from vllm_gqsa.plugin.linear import GqsaLinearMethod  # noqa: PLC0415
+
+        if self.config is None:
+            raise ValueError("this model has no GQSA quantization_config; leave out --quantization gqsa")
+        if _is_routed_experts(layer):
+            raise NotImplementedError(
+                f"{prefix}: this is a mixture-of-experts model, which vllm-gqsa does not serve yet; "
+                "serve the dense model instead"
+            )
+        if not isinstance(layer, LinearBase):
+            if prefix and prefix in self.config.modules:
+                raise NotImplementedError(
+                    f"{prefix}: is compressed, but vllm-gqsa serves compressed linear layers only, not "
+                    f"{type(layer).__name__}; compress again with it in the ignore list"
+                )
+            return None
+        names = self._unfused(prefix)
+        if self._is_compressed(prefix, names, self.config):
+            return GqsaLinearMethod(self.config, Sources.of(prefix, names, self.config))
+        return UnquantizedLinearMethod()
+
+    # -- names ---------------------------------------------------------------------------------------------
+
+    def _unfused(self, prefix: str) -> list[str]:
+        """Names on disk of what the engine joins into ``prefix``; only itself when it is joined on disk too."""
+        parent, dot, last = prefix.rpartition(".")
+        assert self.config is not None
+        if prefix in self.config.modules:
+            return [prefix]
+        return [parent + dot + name for name in self.packed_modules_mapping.get(last, [last])]
+
+    @staticmethod
+    def _is_compressed(prefix: str, names: list[str], config: GqsaConfig) -> bool:
+        listed = [name for name in names if name in config.modules]
+        ignored = [name for name in names if is_ignored(name, config.ignore)]
+        both = [name for name in listed if name in ignored]
+        if both:
+            raise ValueError(f"{both[0]}: config.json lists it as compressed and ignores it too")
+        if listed and ignored:
+            raise ValueError(
+                f"{prefix}: {', '.join(listed)} compressed but {', '.join(ignored)} ignored; they are served as one "
+                "fused layer, so compress or ignore all of them"
+            )
+        unknown = [name for name in names if name not in listed and name not in ignored]
+        if unknown:
+            raise ValueError(
+                f"{prefix}: config.json neither lists {', '.join(unknown)} in modules nor ignores it, so this "
+                "linear layer would have no weights"
+            )
+        return bool(listed)
+
+
+def _is_routed_experts(layer: torch.nn.Module) -> bool:
+    from vllm.model_executor.layers import fused_moe  # noqa: PLC0415
+
+    # RoutedExperts from 0.32 on, FusedMoE before, where the latter is a class.
+    kinds = (getattr(fused_moe, name, None) for name in ("RoutedExperts", "FusedMoE"))
+    return isinstance(layer, tuple(kind for kind in kinds if isinstance(kind, type)))

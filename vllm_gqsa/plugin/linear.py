@@ -1,0 +1,198 @@
+"""The linear method: builds, loads and runs one compressed linear layer of a vLLM model."""
+
+from typing import Any
+
+import torch
+from vllm.config import get_current_vllm_config
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    LinearBase,
+    LinearMethodBase,
+    QKVParallelLinear,
+    ReplicatedLinear,
+    RowParallelLinear,
+)
+
+import vllm_gqsa.kernels  # noqa: F401 - registers gqsa::linear
+from vllm_gqsa.format import TENSORS, FormatError, GqsaConfig, GroupSparseMatrix
+from vllm_gqsa.plugin.loading import Placeholder, Staging
+from vllm_gqsa.plugin.shards import Shard, ShardId, ShardPlan, Sources, check_columns
+
+__all__ = ["GqsaLinearMethod", "plan_shards"]
+
+_DUMMY_SEED = 0
+
+
+class GqsaLinearMethod(LinearMethodBase):
+    """One object per layer; what has been loaded lies in its staging area until the layer is complete."""
+
+    def __init__(self, config: GqsaConfig, sources: Sources) -> None:
+        """Remember what to load.
+
+        Args:
+            config: the checkpoint's configuration.
+            sources: the matrices on disk that the layer is made of.
+        """
+        self.config = config
+        self.sources = sources
+        self.group_size = config.group_size
+        self.in_features = 0
+        self._staging: Staging | None = None
+        self._dummy = False
+        self._nnz: int | None = None
+        self._params_dtype = torch.float32
+
+    def create_weights(
+        self,
+        layer: torch.nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,  # noqa: ANN401 - vLLM's signature
+    ) -> None:
+        """Register empty placeholders; the sizes are in the checkpoint.
+
+        Raises:
+            FormatError: the group size does not divide the input features of a rank.
+            NotImplementedError: a kind of layer that is not known.
+        """
+        plan = plan_shards(layer, self.sources, input_size_per_partition, output_partition_sizes, self.group_size)
+        self._staging = Staging(plan)
+        self._dummy = get_current_vllm_config().load_config.load_format == "dummy"
+        self._params_dtype = params_dtype
+        self.in_features = plan.columns
+        for piece in TENSORS:
+            layer.register_parameter(piece, Placeholder(piece, self._staging))
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Put the loaded matrix in place of the placeholders; without anything new it does nothing.
+
+        Raises:
+            FormatError: the checkpoint lacks tensors of this layer, which vLLM does not notice by itself, or a
+                reload brings a matrix of another size.
+        """
+        staging = self._loaded()
+        placeholder = isinstance(layer.qweight, Placeholder)
+        if staging.empty and not placeholder:
+            return
+        matrix = self._synthesize(staging.plan) if staging.empty and self._dummy else staging.finish()
+        staging.clear()
+        self._check_size(matrix)
+        self._nnz = matrix.nnz
+        device = layer.get_parameter("qweight").device
+        for piece, tensor in matrix.tensors().items():
+            loaded = torch.nn.Parameter(tensor.to(device).contiguous(), requires_grad=False)
+            layer.register_parameter(piece, loaded)
+
+    def _loaded(self) -> Staging:
+        if self._staging is None:
+            raise RuntimeError(f"{self.sources.layer}: create_weights was not called")
+        return self._staging
+
+    def _check_size(self, matrix: GroupSparseMatrix) -> None:
+        # Reload copies into the tensors that run now, which captured graphs and compiled code hold.
+        if self._nnz not in (None, matrix.nnz):
+            raise FormatError(
+                f"{self.sources.layer}: the reloaded weights keep {matrix.nnz} groups on this rank, the running ones "
+                f"{self._nnz}; only a checkpoint with the same counts can be loaded into a running engine"
+            )
+
+    def _synthesize(self, plan: ShardPlan) -> GroupSparseMatrix:
+        generator = torch.Generator().manual_seed(_DUMMY_SEED)
+        return GroupSparseMatrix.synthesize(plan.rows, plan.columns, self.group_size, self.config.sparsity, generator)
+
+    def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """``x W^T + bias``: ``[..., K]`` to ``[..., N]`` in the dtype of ``x``, K and N being this rank's."""
+        result: torch.Tensor = torch.ops.gqsa.linear(
+            x,
+            layer.crow_indices,
+            layer.group_mask,
+            layer.qweight,
+            layer.scale_zero,
+            self.in_features,
+            self.group_size,
+            bias,
+        )
+        return result
+
+    def dequantize_weight(self, layer: torch.nn.Module) -> torch.Tensor:
+        """The dense weight ``[N, K]`` of this rank in the model's dtype, also between loading and processing.
+
+        Raises:
+            FormatError: the checkpoint lacks tensors of this layer.
+        """
+        staging = self._loaded()
+        if not staging.empty or isinstance(layer.qweight, Placeholder):
+            matrix = self._synthesize(staging.plan) if staging.empty and self._dummy else staging.finish()
+            matrix = matrix.to(layer.get_parameter("qweight").device)
+        else:
+            matrix = GroupSparseMatrix.from_tensors(
+                {piece: getattr(layer, piece).data for piece in TENSORS}, self.in_features, self.group_size
+            )
+        return matrix.to_dense(self._params_dtype)
+
+
+def plan_shards(
+    layer: torch.nn.Module,
+    sources: Sources,
+    in_features: int,
+    out_features: list[int],
+    group_size: int,
+) -> ShardPlan:
+    """What this rank keeps of the matrices on disk.
+
+    Args:
+        layer: a linear layer of vLLM, of which sizes and ranks are read and nothing is kept.
+        sources: the matrices on disk.
+        in_features: input features on this rank.
+        out_features: rows on this rank, for each part of a fused layer.
+        group_size: G.
+
+    Raises:
+        FormatError: G does not divide the input features of a rank.
+        NotImplementedError: a kind of layer that is not known.
+    """
+    total = getattr(layer, "input_size", in_features)
+    start = 0
+    if isinstance(layer, QKVParallelLinear):
+        shards = _qkv_shards(layer, out_features, sources.layer)
+    elif isinstance(layer, ColumnParallelLinear):
+        rank, size = layer.tp_rank, layer.tp_size
+        shards = {i: Shard(n * size, rank * n, (rank + 1) * n) for i, n in enumerate(out_features)}
+    elif isinstance(layer, (RowParallelLinear, ReplicatedLinear)):
+        shards = {i: Shard(n, 0, n) for i, n in enumerate(out_features)}
+        if isinstance(layer, RowParallelLinear):
+            check_columns(sources.layer, total, layer.tp_size, group_size)
+            start = layer.tp_rank * in_features
+    else:
+        raise _unknown(layer, sources.layer)
+    check_columns(sources.layer, total, 1, group_size)
+    return ShardPlan(sources, shards, total, start, start + in_features, group_size)
+
+
+def _qkv_shards(layer: QKVParallelLinear, out_features: list[int], name: str) -> dict[ShardId, Shard]:
+    if len(out_features) != 3:
+        raise _unknown(layer, name)
+    value_size = getattr(layer, "v_head_size", layer.head_size)
+    rows = (
+        layer.total_num_heads * layer.head_size,
+        layer.total_num_kv_heads * layer.head_size,
+        layer.total_num_kv_heads * value_size,
+    )
+    # With more ranks than KV heads, neighbouring ranks hold copies of the same head.
+    kv_rank = layer.tp_rank // layer.num_kv_head_replicas
+    ranks = (layer.tp_rank, kv_rank, kv_rank)
+    return {
+        each: Shard(total, rank * n, (rank + 1) * n)
+        for each, total, rank, n in zip(("q", "k", "v"), rows, ranks, out_features, strict=True)
+    }
+
+
+def _unknown(layer: torch.nn.Module, name: str) -> NotImplementedError:
+    kind = type(layer).__name__
+    known = isinstance(layer, LinearBase)
+    return NotImplementedError(
+        f"{name}: vllm-gqsa does not know how to load a {kind}" + ("" if known else ", which is not a linear layer")
+    )
