@@ -63,13 +63,13 @@ class InverseHessian:
         mean = diagonal.mean().clamp(min=1e-12)
         for factor in (1, 10, 100):
             attempt = damped + torch.eye(len(diagonal), device=hessian.device) * (damping * factor * mean)
-            lower, failed = torch.linalg.cholesky_ex(attempt)
-            if failed:
-                continue
-            inverse = torch.cholesky_inverse(lower)
-            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+            # Backwards, the lower factor of H is an upper R with H = R R^T, and U = R^-1: one factorisation and one
+            # triangular solve instead of an inverse and a second factorisation.
+            backwards, failed = torch.linalg.cholesky_ex(attempt.flip(0, 1))
             if not failed:
-                return cls(diagonal, dead, inverse, upper)
+                identity = torch.eye(len(diagonal), device=hessian.device)
+                upper = torch.linalg.solve_triangular(backwards.flip(0, 1), identity, upper=True)
+                return cls(diagonal, dead, upper.T @ upper, upper)
         raise ValueError(f"the Hessian is not positive definite, even damped by {damping * 100:g} of its mean diagonal")
 
 

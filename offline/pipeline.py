@@ -1,6 +1,5 @@
 """Dense model in, finished checkpoint out, one block at a time, resumable."""
 
-import gc
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -207,8 +206,6 @@ def _write_blocks(job: Job, model: DenseModel, family: Family, calibration: torc
             # Always from the file, so that a run that is continued feeds the next block the same numbers.
             install(block, prefix, shard, [n for group in linears[index] for n in group], job.recipe.group_size)
             block.advance(hidden, job.batch, device)
-        del block
-        gc.collect()
 
 
 def _measure(

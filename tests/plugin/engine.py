@@ -1,7 +1,8 @@
 """Runs one vLLM engine and writes what it did to a file; started as a process of its own by the tests.
 
-Usage: engine.py SPEC RESULT. SPEC holds a JSON list of jobs
-``{"model", "options", "prompts", "max_tokens", "reload"}``; RESULT gets a list of ``{"tokens": [[...]], "after": {folder: [[...]]}}`` or ``{"error": text}``, in the same order.
+Usage: engine.py SPEC RESULT. SPEC holds a JSON list of jobs ``{"model", "options", "prompts", "max_tokens",
+"reload"}``; RESULT gets a list of ``{"tokens": [[...]], "after": {folder: [[...]]}}`` or ``{"error": text}``, in
+the same order.
 """
 
 import gc
