@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_gqsa.format import GqsaConfig
-from vllm_gqsa.offline.estimate import module_bytes
+from vllm_gqsa.offline.estimate import DENSE_INT4_BITS, module_bytes
 from vllm_gqsa.offline.perplexity import Perplexity
 
 __all__ = ["REPORT_FILE", "make_report", "model_card"]
@@ -107,8 +107,8 @@ def model_card(report: dict[str, Any], folder: str = "path/to/this/folder") -> s
     name = Path(report["model"]).name
     is_hub_name = report["model"].count("/") == 1 and not Path(report["model"]).exists()
     note = ""
-    if report["group_size"] == 16 and report["sparsity"] < 0.2 - 1e-9:
-        note = " At this sparsity the linears are larger than dense INT4 with groups of 128 would be."
+    if report["bits_per_weight"] > DENSE_INT4_BITS:
+        note = f" Dense INT4 with groups of 128 ({DENSE_INT4_BITS} bits a weight) would be smaller."
     return _CARD.format(
         base_model=f"base_model: {report['model']}\n" if is_hub_name else "",
         name=name,

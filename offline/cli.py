@@ -221,7 +221,7 @@ def estimate(
     as_json: Json = False,
 ) -> None:
     """Say what compressing would cost: memory, disk, size of the result, rough time. Reads no weights."""
-    from vllm_gqsa.offline.estimate import estimate as run
+    from vllm_gqsa.offline.estimate import DENSE_INT4_BITS, estimate as run
     from vllm_gqsa.offline.families import family_of
     from vllm_gqsa.offline.pipeline import check_layers
     from vllm_gqsa.offline.source import DenseModel
@@ -247,11 +247,8 @@ def estimate(
             "time": f"roughly {_duration(costs.seconds)} on {device} ({costs.gflops:.0f} GFLOP/s measured)",
         },
     )
-    if costs.bits_per_weight > _DENSE_INT4_BITS:
-        _out.print(f"at this setting dense INT4 with groups of 128 ({_DENSE_INT4_BITS} bits a weight) is smaller")
-
-
-_DENSE_INT4_BITS = 4.125
+    if costs.bits_per_weight > DENSE_INT4_BITS:
+        _out.print(f"at this setting dense INT4 with groups of 128 ({DENSE_INT4_BITS} bits a weight) is smaller")
 
 
 def _duration(seconds: float) -> str:

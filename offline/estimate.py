@@ -12,7 +12,10 @@ from vllm_gqsa.offline.recipe import Recipe
 from vllm_gqsa.offline.source import DenseModel
 from vllm_gqsa.offline.stream import meta_model
 
-__all__ = ["Estimate", "estimate", "module_bytes"]
+__all__ = ["DENSE_INT4_BITS", "Estimate", "estimate", "module_bytes"]
+
+DENSE_INT4_BITS = 4.125
+"""Bits a weight of the usual rival: dense INT4, groups of 128, a 16-bit scale each."""
 
 
 @dataclass(frozen=True)
