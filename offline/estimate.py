@@ -82,7 +82,7 @@ def estimate(
     g = recipe.group_size
     weights = sum(rows * columns for rows, columns in shapes.values())
     stored = sum(module_bytes(r, c, r * round(c // g * (1 - recipe.sparsity)), g) for r, c in shapes.values())
-    replaced = sum(r * c for r, c in shapes.values()) * _bytes_per_weight(model)
+    replaced = sum(model.tensor_bytes(f"{name}.weight") for name in shapes)
     output = model.nbytes - replaced + stored
     gflops = _gflops(device)
     return Estimate(
@@ -97,11 +97,6 @@ def estimate(
         seconds=_operations(recipe, family, shapes, skeleton) / (gflops * 1e9),
         gflops=gflops,
     )
-
-
-def _bytes_per_weight(model: DenseModel) -> int:
-    dtype = getattr(model.config, "dtype", None) or torch.float32
-    return torch.empty(0, dtype=dtype).element_size()
 
 
 def _peak(skeleton: Any, blocks: Any, family: Family, recipe: Recipe, batch: int) -> int:  # noqa: ANN401

@@ -82,9 +82,9 @@ class DenseModel:
     def __contains__(self, name: str) -> bool:
         return self._stored_name(name) in self._files
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor, without reading it."""
-        return self._files.shape(self._stored_name(name))
+    def tensor_bytes(self, name: str) -> int:
+        """Bytes of a tensor, without reading it."""
+        return self._files.nbytes(self._stored_name(name))
 
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor as stored.

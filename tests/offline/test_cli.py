@@ -6,6 +6,7 @@ import sys
 
 import pytest
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from vllm_gqsa.offline.cli import app, main
@@ -109,8 +110,6 @@ def test_verify_refuses_a_damaged_checkpoint(checkpoint, tmp_path, monkeypatch, 
 
 
 def test_verify_refuses_a_checkpoint_without_a_dense_tensor(checkpoint, tmp_path, monkeypatch, capsys):
-    from safetensors.torch import load_file, save_file
-
     copy = tmp_path / "copy"
     copy.mkdir()
     for path in checkpoint.iterdir():
@@ -147,6 +146,19 @@ def test_estimate_is_right_about_sizes(checkpoint, dense, monkeypatch, capsys):
     assert costs["disk_bytes"] > costs["output_bytes"]
     assert costs["modules"] == 21
     assert costs["seconds"] > 0
+
+
+def test_estimate_counts_the_bytes_that_are_stored(dense, tmp_path, monkeypatch, capsys):
+    """config.json may say another dtype than the files hold."""
+    for path in dense("llama").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file({name: t.bfloat16() for name, t in tensors.items()}, tmp_path / "model.safetensors")
+    _, wide, _ = run(monkeypatch, capsys, "estimate", dense("llama"), *SMALL[:4], "--json")
+    _, narrow, _ = run(monkeypatch, capsys, "estimate", tmp_path, *SMALL[:4], "--json")
+    wide, narrow = json.loads(wide), json.loads(narrow)
+    outside = wide["dense_bytes"] - 4 * wide["compressed_weights"]
+    assert narrow["output_bytes"] == pytest.approx(wide["output_bytes"] - outside / 2, abs=20_000)
 
 
 @pytest.mark.parametrize(("arguments", "says"), [

@@ -1,6 +1,8 @@
 """Reading a checkpoint folder: which tensor lies in which file, and one matrix at a time, checked."""
 
 import json
+import math
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -100,6 +102,12 @@ class TensorFiles:
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from the header alone."""
         return tuple(self._handle(self.file_of[name]).get_slice(name).get_shape())
+
+    def nbytes(self, name: str) -> int:
+        """Bytes of a tensor, from the header alone."""
+        dtype = self._handle(self.file_of[name]).get_slice(name).get_dtype()  # BF16, U8, F8_E4M3, BOOL, ...
+        bits = re.search(r"\d+", dtype)
+        return math.prod(self.shape(name)) * (8 if bits is None else int(bits[0])) // 8
 
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor, on the CPU.
