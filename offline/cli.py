@@ -43,7 +43,22 @@ ModelArgument = Annotated[
 ]
 CheckpointArgument = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Folder of a GQSA checkpoint.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
-Device = Annotated[str, typer.Option(help="torch device that computes, for example cpu or cuda.")]
+
+
+def _usable_device(name: str) -> str:
+    import torch
+
+    try:
+        torch.empty(1, device=name).cpu()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--device {name}: torch cannot compute there ({reason}); try --device cpu") from error
+    return name
+
+
+Device = Annotated[
+    str, typer.Option(callback=_usable_device, help="torch device that computes, for example cpu or cuda.")
+]
 Batch = Annotated[int, typer.Option(min=1, help="Windows at a time through a block; less takes less memory.")]
 Column = Annotated[str, typer.Option(help="Column of a .jsonl, .parquet or dataset that holds the text.")]
 Sparsity = Annotated[
@@ -347,7 +362,7 @@ def eval_command(
     max_windows: Annotated[int | None, typer.Option(min=1, help="Use only the first windows.  [default: all]")] = None,
     engine: Annotated[Literal["transformers", "vllm"], typer.Option(help="What runs the model.")] = "transformers",
     dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Activations.")] = "float32",
-    device: Annotated[str, typer.Option(help="torch device of the transformers engine; vLLM chooses its own.")] = "cpu",
+    device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
     """Measure perplexity: the text is joined, cut into windows without overlap, and the loss averaged."""

@@ -19,7 +19,7 @@ from vllm_gqsa.offline.recipe import Recipe
 from vllm_gqsa.offline.source import DenseModel
 from vllm_gqsa.offline.stages import STAGES, BlockContext, Matrices
 from vllm_gqsa.offline.stream import ModelStream, TensorSource, meta_model
-from vllm_gqsa.offline.text import TextSource, choose_windows, token_windows
+from vllm_gqsa.offline.text import TextSource, check_context, choose_windows, token_windows
 from vllm_gqsa.offline.writer import CompressedSource, install, shard_paths, write_block, write_rest
 
 __all__ = ["Job", "check_layers", "compress"]
@@ -124,6 +124,7 @@ def compress(job: Job, progress: Progress) -> dict[str, Any]:
     model = DenseModel(job.model)
     family = family_of(model.config.model_type)
     shapes = check_layers(model, family, job.recipe)
+    check_context(job.recipe.context, model.config)
     calibration, evaluation, text = _windows(job, model)
     run = {
         "vllm_gqsa": vllm_gqsa.__version__,

@@ -11,7 +11,7 @@ import torch
 
 from vllm_gqsa.offline.errors import InputError
 
-__all__ = ["TextSource", "choose_windows", "read_documents", "token_windows"]
+__all__ = ["TextSource", "check_context", "choose_windows", "read_documents", "token_windows"]
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,17 @@ def token_windows(source: TextSource, tokenizer: Any, context: int, most: int | 
         raise InputError(f"{source.name}: {tokens.numel()} tokens of text are less than one window of {context}")
     windows: torch.Tensor = tokens[: count * context].view(count, context)
     return windows[:most]
+
+
+def check_context(context: int, config: Any) -> None:  # noqa: ANN401 - a transformers configuration
+    """Check that a model takes windows of ``context`` tokens.
+
+    Raises:
+        InputError: it takes fewer.
+    """
+    most = getattr(config, "max_position_embeddings", None)
+    if most is not None and context > most:
+        raise InputError(f"--context {context} is longer than the {most} positions of the model")
 
 
 def choose_windows(windows: torch.Tensor, samples: int, seed: int, name: str) -> torch.Tensor:
