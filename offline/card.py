@@ -84,7 +84,7 @@ Perplexity was measured block by block while the checkpoint was made, on: {text}
 
 ## Use
 
-`pip install vllm-gqsa` beside vLLM, then
+Install vllm-gqsa beside vLLM, then
 
 ```
 vllm serve {folder} --quantization gqsa

@@ -1,6 +1,7 @@
 """Perplexity, by three engines that must agree: block by block, transformers, and vLLM's prompt logprobs."""
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -118,6 +119,9 @@ def _through_transformers(
 def _through_vllm(
     folder: Path, windows: torch.Tensor, dtype: str, _device: str, progress: Progress
 ) -> list[torch.Tensor]:
+    # vLLM logs to stdout, where --json is read; and on a CPU it asks for most of the memory unless told otherwise.
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     try:
         from vllm import LLM, SamplingParams  # noqa: PLC0415 - optional and slow to import
     except ImportError as error:

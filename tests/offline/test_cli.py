@@ -1,6 +1,7 @@
 """The command line as a user types it."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from tests.helpers import compress_randomly, make_dense
 from vllm_gqsa.offline.cli import app, main
 
 COMMANDS = ("compress", "estimate", "inspect", "verify", "eval")
@@ -134,6 +136,23 @@ def test_eval_prints_a_perplexity(checkpoint, text, monkeypatch, capsys):
     found = json.loads(out)
     assert code == 0
     assert (found["windows"], found["context"], found["tokens"]) == (2, 32, 62)
+
+
+def test_vllm_measures_the_perplexity_that_transformers_does(tmp_path, tokenizer, text):
+    """In processes of their own, as programs call it: stdout holds the JSON object and nothing else."""
+    pytest.importorskip("vllm", reason="needs vLLM")
+    # Heads of 32, the smallest that vLLM's attention takes on a CPU.
+    checkpoint = compress_randomly(make_dense(tmp_path / "dense", vocab_size=300), tmp_path).checkpoint
+    tokenizer.save_pretrained(checkpoint)
+    found = {}
+    for engine in ("transformers", "vllm"):
+        command = [sys.executable, "-m", "vllm_gqsa.offline.cli", "eval", str(checkpoint), "--text", str(text)]
+        options = ["--context", "32", "--max-windows", "3", "--engine", engine, "--json"]
+        env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+        done = subprocess.run([*command, *options], env=env, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found[engine] = json.loads(done.stdout)["perplexity"]
+    assert found["vllm"] == pytest.approx(found["transformers"], rel=1e-4)
 
 
 def test_estimate_is_right_about_sizes(checkpoint, dense, monkeypatch, capsys):
