@@ -255,7 +255,7 @@ def estimate(
         f"compressing {model}",
         {
             "linears": f"{costs.modules} in {costs.blocks} blocks, {costs.compressed_weights / 1e6:.1f} M weights",
-            "peak memory": f"{_megabytes(costs.peak_memory_bytes)}, beside 0.6 GB for Python and torch",
+            "peak memory": f"{_megabytes(costs.peak_memory_bytes)}, beside 0.8 GB for Python, torch and mapped files",
             "disk": _megabytes(costs.disk_bytes),
             "result": f"{_megabytes(costs.output_bytes)} (dense {_megabytes(costs.dense_bytes)})",
             "bits a weight, compressed linears": f"{costs.bits_per_weight:.2f}",

@@ -30,7 +30,7 @@ class Estimate:
         output_bytes: safetensors files of the checkpoint.
         dense_bytes: safetensors files of the dense model.
         disk_bytes: needed free in the output folder.
-        peak_memory_bytes: beside what Python and torch take themselves (about 0.6 GB).
+        peak_memory_bytes: beside what Python, torch and mapped files take (about 0.8 GB).
         seconds: rough; from this machine's measured speed of a float32 matrix product.
         gflops: that speed, in 10^9 floating point operations a second.
     """

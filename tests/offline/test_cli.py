@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -99,10 +100,7 @@ def test_verify_and_its_comparison(checkpoint, dense, monkeypatch, capsys):
 
 
 def test_verify_refuses_a_damaged_checkpoint(checkpoint, tmp_path, monkeypatch, capsys):
-    copy = tmp_path / "copy"
-    copy.mkdir()
-    for path in checkpoint.iterdir():
-        (copy / path.name).write_bytes(path.read_bytes())
+    copy = shutil.copytree(checkpoint, tmp_path / "copy")
     shard = copy / "model-00002-of-00004.safetensors"
     shard.write_bytes(shard.read_bytes()[:-40])
     code, out, err = run(monkeypatch, capsys, "verify", copy)
@@ -112,10 +110,7 @@ def test_verify_refuses_a_damaged_checkpoint(checkpoint, tmp_path, monkeypatch, 
 
 
 def test_verify_refuses_a_checkpoint_without_a_dense_tensor(checkpoint, tmp_path, monkeypatch, capsys):
-    copy = tmp_path / "copy"
-    copy.mkdir()
-    for path in checkpoint.iterdir():
-        (copy / path.name).write_bytes(path.read_bytes())
+    copy = shutil.copytree(checkpoint, tmp_path / "copy")
     shard = copy / "model-00004-of-00004.safetensors"
     tensors = load_file(shard)
     del tensors["model.norm.weight"]
