@@ -4,7 +4,6 @@ import fcntl
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,7 +28,6 @@ __all__ = [
 RUN_FILE = "gqsa_run.json"
 """Says what a folder is made of: its fingerprint. Written first, and kept as a record."""
 _PARTIAL = ".partial-"
-_EDGE = 1 << 20
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -64,15 +62,12 @@ def digest_tensor(tensor: torch.Tensor) -> str:
 
 
 def digest_files(paths: list[Path]) -> str:
-    """SHA-256 over names, sizes, and the first and last MiB of files: quick, and enough to tell models apart."""
+    """SHA-256 over names, sizes and contents of files, hexadecimal."""
     digest = hashlib.sha256()
     for path in paths:
-        size = path.stat().st_size
-        digest.update(f"{path.name}\0{size}\0".encode())
+        digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
         with path.open("rb") as file:
-            digest.update(file.read(_EDGE))
-            file.seek(max(0, size - _EDGE))
-            digest.update(file.read())
+            digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
 
 
@@ -91,8 +86,6 @@ def open_run(folder: Path, run: Mapping[str, Any], *, restart: bool) -> Iterator
     record = folder / RUN_FILE
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: is a file; name a folder")
-    if restart and record.exists():
-        shutil.rmtree(folder)
     if folder.is_dir() and not record.exists() and any(not p.name.startswith(_PARTIAL) for p in folder.iterdir()):
         raise InputError(f"{folder}: is not empty and was not begun by gqsa compress; choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
@@ -102,6 +95,8 @@ def open_run(folder: Path, run: Mapping[str, Any], *, restart: bool) -> Iterator
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(f"{folder}: another gqsa compress is writing to it") from None
+        if restart and record.exists():
+            _clear(folder)
         for leftover in folder.glob(_PARTIAL + "*"):
             leftover.unlink()
         if record.exists():
@@ -111,6 +106,14 @@ def open_run(folder: Path, run: Mapping[str, Any], *, restart: bool) -> Iterator
         yield
     finally:
         os.close(lock)
+
+
+def _clear(folder: Path) -> None:
+    """Remove what a run has left: first what makes it look finished, last what says that it is ours."""
+    ordered = sorted(folder.iterdir(), key=lambda path: (path.name == RUN_FILE, path.name != "config.json"))
+    for path in ordered:
+        if path.is_file():
+            path.unlink()
 
 
 def _compare(folder: Path, old: Any, new: Any, key: str = "") -> None:  # noqa: ANN401 - JSON values

@@ -43,8 +43,14 @@ class Perplexity:
 
     @classmethod
     def of(cls, losses: list[torch.Tensor], windows: torch.Tensor, text: str) -> "Perplexity":
-        """From the next-token losses ``[context - 1]`` of each window."""
+        """From the next-token losses ``[context - 1]`` of each window.
+
+        Raises:
+            InputError: they are not finite.
+        """
         mean = torch.cat(losses).double().mean().item()
+        if not math.isfinite(mean):
+            raise InputError(f"the loss on {text} is {mean}: the model's weights or activations are not finite")
         value = math.exp(mean) if mean < 700 else math.inf
         return cls(value, sum(loss.numel() for loss in losses), windows.shape[0], windows.shape[1], text)
 
@@ -106,7 +112,12 @@ def _through_transformers(
 
     import vllm_gqsa.hf  # noqa: F401, PLC0415 - registers the quantiser
 
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device).eval()
+    model: Any
+    model, loading = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), output_loading_info=True)
+    if loading["missing_keys"]:
+        # transformers only warns, and gives random values to what is missing.
+        raise InputError(f"{folder}: tensor {min(loading['missing_keys'])} is missing")
+    model = model.to(device).eval()
     losses = []
     with torch.no_grad():
         for done, window in enumerate(windows.to(device), 1):

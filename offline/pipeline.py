@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 import vllm_gqsa
-from vllm_gqsa.format import read_json
+from vllm_gqsa.format import CheckpointReader, read_json
 from vllm_gqsa.offline.card import REPORT_FILE, make_report, model_card
 from vllm_gqsa.offline.errors import InputError
 from vllm_gqsa.offline.families import Family, family_of
@@ -129,6 +130,7 @@ def compress(job: Job, progress: Progress) -> dict[str, Any]:
     run = {
         "vllm_gqsa": vllm_gqsa.__version__,
         "torch": torch.__version__,
+        "transformers": transformers.__version__,
         "device": torch.device(job.device).type,
         "batch": job.batch,
         "model": {"config": model.raw_config, "weights": digest_files(model.files())},
@@ -138,6 +140,7 @@ def compress(job: Job, progress: Progress) -> dict[str, Any]:
     }
     with open_run(job.output, run, restart=job.restart):
         if (job.output / "config.json").exists():
+            CheckpointReader(job.output)  # raises where a file has been lost since
             return read_json(job.output / REPORT_FILE)
         _write_blocks(job, model, family, calibration, progress)
         config = write_rest(job.output, job.recipe, model, family, shapes)

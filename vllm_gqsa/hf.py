@@ -177,16 +177,15 @@ def _replace_linears(model: PreTrainedModel, config: GqsaConfig) -> None:
 
 
 def _check_dense(model: PreTrainedModel, names: set[str], where: str) -> None:
-    """Check that the checkpoint holds the dense weight of every linear that is not compressed.
+    """Check that the checkpoint holds every tensor of the model, compressed or dense.
 
     Raises:
-        FormatError: one is missing, and the module is not tied to another (an output head to the embedding).
+        FormatError: one is missing, and it is not tied to another (an output head to the embedding).
     """
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    for name, module in model.named_modules():
-        weight = f"{name}.weight"
-        if isinstance(module, torch.nn.Linear) and weight not in names and weight not in tied:
-            raise FormatError(f"{where}: {weight} is missing, and config.json does not list {name} as compressed")
+    for name in model.state_dict():
+        if name not in names and name not in tied:
+            raise FormatError(f"{where}: {name} is missing, and config.json does not list it as compressed")
 
 
 def _register() -> None:

@@ -14,9 +14,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import vllm_gqsa.hf  # noqa: F401 - registers with transformers
-from vllm_gqsa.format import CheckpointReader, TensorFiles
+from vllm_gqsa.format import CheckpointReader, FormatError, TensorFiles
 from vllm_gqsa.offline.errors import InputError
 from vllm_gqsa.offline.families import FAMILIES
+from vllm_gqsa.offline.files import digest_files
 from vllm_gqsa.offline.inspect import inspect_checkpoint
 from vllm_gqsa.offline.perplexity import evaluate
 from vllm_gqsa.offline.pipeline import Job, compress
@@ -183,6 +184,23 @@ def test_restart_begins_anew(dense, text, tmp_path):
     quarter = RECIPE.model_copy(update={"sparsity": 0.25})
     report = compress(job(dense("llama"), text, tmp_path / "out", quarter, restart=True), silent)
     assert report["sparsity"] == pytest.approx(0.25, abs=0.05)
+
+
+def test_a_finished_folder_that_has_lost_a_file_is_not_called_finished(dense, text, tmp_path):
+    compress(job(dense("llama"), text, tmp_path / "out"), silent)
+    (tmp_path / "out" / "model-00002-of-00004.safetensors").unlink()
+    with pytest.raises(FormatError, match=r"model-00002-of-00004.safetensors: no such file"):
+        compress(job(dense("llama"), text, tmp_path / "out"), silent)
+
+
+def test_models_that_differ_anywhere_are_told_apart(tmp_path):
+    one, two = tmp_path / "one" / "w", tmp_path / "two" / "w"
+    data = bytearray(3 << 20)
+    for path in (one, two):
+        path.parent.mkdir()
+        path.write_bytes(data)
+        data[len(data) // 2] = 1
+    assert digest_files([one]) != digest_files([two])
 
 
 class Killed(BaseException):

@@ -7,8 +7,8 @@ from typing import Any
 
 __all__ = ["TESTED", "register"]
 
-TESTED = ((0, 29), (0, 32))
-"""First and last vLLM version that this package is tested with."""
+TESTED = (0, 32)
+"""The vLLM version that this package is tested with."""
 
 logger = logging.getLogger(__name__)
 
@@ -44,11 +44,8 @@ def register() -> None:
 def _warn_if_untested() -> None:
     version = str(getattr(importlib.import_module("vllm"), "__version__", "unknown"))
     match = re.match(r"(\d+)\.(\d+)", version)
-    first, last = TESTED
-    if match is None or not first <= (int(match[1]), int(match[2])) <= last:
-        logger.warning(
-            "vllm-gqsa is tested with vLLM %d.%d to %d.%d; this is %s and may or may not work", *first, *last, version
-        )
+    if match is None or (int(match[1]), int(match[2])) != TESTED:
+        logger.warning("vllm-gqsa is tested with vLLM %d.%d; this is %s and may or may not work", *TESTED, version)
 
 
 def _broken_config(cause: Exception) -> type[Any]:
