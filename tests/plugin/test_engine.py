@@ -125,6 +125,10 @@ def missing_module(folder):
     edit_tensors(folder, remove=tuple(f"{UP}.{piece}" for piece in PIECES))
 
 
+def missing_norm(folder):
+    edit_tensors(folder, remove=("model.layers.1.input_layernorm.weight",))
+
+
 def truncated(folder):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-5000])
@@ -157,6 +161,7 @@ def half_ignored(folder):
 BAD = {
     missing_tensor: f"{UP}.scale_zero is missing, though config.json lists {UP}",
     missing_module: f"{UP}.crow_indices is missing, though config.json lists {UP}",
+    missing_norm: "tensor model.layers.1.input_layernorm.weight, which the model needs, is missing",
     truncated: "model.safetensors: is not a complete safetensors file",
     wrong_dtype: f"{UP}: qweight is torch.int32, expected torch.uint8",
     lying_nnz: f"{UP}: holds nnz = ",

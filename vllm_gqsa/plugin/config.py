@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
-from vllm_gqsa.format import CheckpointReader, GqsaConfig, is_ignored
+from vllm_gqsa.format import CheckpointReader, FormatError, GqsaConfig, is_ignored
 from vllm_gqsa.plugin.shards import Sources
 
 __all__ = ["GqsaQuantizationConfig"]
@@ -84,7 +84,7 @@ class GqsaQuantizationConfig(QuantizationConfig):
         folder = Path(model_name)
         # --load-format dummy needs no weights at all.
         if any((folder / name).exists() for name in _WEIGHTS):
-            CheckpointReader(folder, self.config)
+            _check_dense(CheckpointReader(folder, self.config))
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:  # noqa: ANN401 - vLLM's WeightsMapper
         """Rename modules as this model class does.
@@ -162,6 +162,26 @@ class GqsaQuantizationConfig(QuantizationConfig):
                 "linear layer would have no weights"
             )
         return bool(listed)
+
+
+def _check_dense(reader: CheckpointReader) -> None:
+    """Check that no tensor outside the compressed linears is missing: vLLM serves what was in memory instead.
+
+    Raises:
+        FormatError: one is missing.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415 - slow, and only for local folders
+
+    config = AutoConfig.from_pretrained(reader.folder)
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        return  # a kind of model whose names transformers does not tell
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    for name in model.state_dict():
+        compressed = name.removesuffix(".weight") in reader.config.modules
+        if not compressed and name not in reader.files and name not in tied:
+            raise FormatError(f"{reader.folder}: tensor {name}, which the model needs, is missing")
 
 
 def _is_routed_experts(layer: torch.nn.Module) -> bool:
