@@ -8,6 +8,7 @@ import torch
 from transformers import AutoConfig
 
 from vllm_gqsa.format import CheckpointReader, FormatError
+from vllm_gqsa.offline.errors import InputError
 from vllm_gqsa.offline.stream import meta_model
 
 __all__ = ["Inspection", "ModuleFacts", "inspect_checkpoint", "module_shapes", "plot"]
@@ -146,4 +147,7 @@ def plot(inspection: Inspection, path: Path) -> None:
         f"{inspection.bits_per_weight:.2f} bits a weight, {100 * inspection.sparsity:.1f} % of groups of "
         f"{inspection.group_size} pruned"
     )
-    figure.savefig(path, dpi=120)
+    try:
+        figure.savefig(path, dpi=120, format="png")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error}") from error

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from vllm_gqsa.format import CheckpointReader, FormatError
 from vllm_gqsa.offline.errors import InputError
 from vllm_gqsa.offline.inspect import module_shapes
-from vllm_gqsa.offline.source import load_tokenizer, model_folder
+from vllm_gqsa.offline.source import DenseModel, load_tokenizer, model_folder
 from vllm_gqsa.offline.stream import meta_model
 
 __all__ = ["Comparison", "compare", "verify_checkpoint"]
@@ -83,6 +83,13 @@ def compare(folder: Path, dense: str, text: str = _PROMPT) -> Comparison:
     """
     import vllm_gqsa.hf  # noqa: F401, PLC0415 - registers the quantiser
 
+    original_config, our_config = DenseModel(dense).config, AutoConfig.from_pretrained(folder)
+    for key in ("model_type", "vocab_size", "hidden_size", "num_hidden_layers"):
+        theirs, ours_is = getattr(original_config, key), getattr(our_config, key)
+        if theirs != ours_is:
+            raise InputError(
+                f"{dense}: its {key} is {theirs}, the checkpoint's is {ours_is}; it was not made from this"
+            )
     tokens = load_tokenizer(folder)(text, return_tensors="pt").input_ids
     ours: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():

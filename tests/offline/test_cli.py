@@ -99,6 +99,13 @@ def test_verify_and_its_comparison(checkpoint, dense, monkeypatch, capsys):
     assert found["against"]["twin_max_difference"] == 0 < found["against"]["dense_max_difference"]
 
 
+def test_verify_refuses_to_compare_with_another_model(checkpoint, dense, monkeypatch, capsys):
+    for other, says in ((dense("opt"), "its model_type is opt"), (checkpoint, "is quantised already")):
+        code, _, err = run(monkeypatch, capsys, "verify", checkpoint, "--against", other)
+        assert code == 2
+        assert says in " ".join(err.split())
+
+
 def test_verify_refuses_a_damaged_checkpoint(checkpoint, tmp_path, monkeypatch, capsys):
     copy = shutil.copytree(checkpoint, tmp_path / "copy")
     shard = copy / "model-00002-of-00004.safetensors"
