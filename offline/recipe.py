@@ -1,11 +1,10 @@
 """What is done to the weights: every choice that changes the result stands here."""
 
-import re
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from vllm_gqsa.format import GROUP_SIZES, parse_pattern
+from vllm_gqsa.format import GROUP_SIZES, check_ignore, parse_pattern
 
 __all__ = ["Importance", "Recipe"]
 
@@ -42,12 +41,7 @@ class Recipe(BaseModel):
     def _consistent(self) -> "Recipe":
         if self.group_size not in GROUP_SIZES:
             raise ValueError(f"group_size {self.group_size} is not one of {', '.join(map(str, GROUP_SIZES))}")
-        for entry in self.ignore:
-            if entry.startswith("re:"):
-                try:
-                    re.compile(entry[3:])
-                except re.error as error:
-                    raise ValueError(f"ignore {entry!r} is not a regular expression: {error}") from error
+        check_ignore(self.ignore)
         if self.pattern not in ("row", "matrix"):
             n, m = parse_pattern(self.pattern)
             if abs(self.sparsity - (1 - n / m)) > 1e-6:

@@ -26,6 +26,7 @@ class BlockContext:
         block: the dense block, float32, as the model calls it.
         linears: full names of its compressed linears, those with the same input together.
         local: full name to name within the block.
+        prefix: what stands before the local names, with a dot at the end.
         inputs: hidden states ``[windows, context, hidden_size]`` that the compressed model feeds it.
         recipe: the settings.
         batch: windows at a time.

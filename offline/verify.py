@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from vllm_gqsa.format import CheckpointReader, FormatError
+from vllm_gqsa.format import CheckpointReader, FormatError, missing_dense
 from vllm_gqsa.offline.errors import InputError
 from vllm_gqsa.offline.inspect import module_shapes
 from vllm_gqsa.offline.source import DenseModel, load_tokenizer, model_folder
@@ -30,13 +30,12 @@ def verify_checkpoint(folder: Path, progress: Callable[[int, int], None]) -> int
     """
     reader = CheckpointReader(folder)
     shapes = module_shapes(reader)
-    config = AutoConfig.from_pretrained(folder)
-    skeleton = meta_model(config)
+    skeleton = meta_model(AutoConfig.from_pretrained(folder))
+    for name in missing_dense(reader.config, skeleton, reader.files.file_of):
+        raise FormatError(f"{folder}: tensor {name}, which the model needs, is missing")
     for name, tensor in skeleton.state_dict().items():
-        if name.removesuffix(".weight") in shapes or (config.tie_word_embeddings and name == "lm_head.weight"):
-            continue
         if name not in reader.files:
-            raise FormatError(f"{folder}: tensor {name}, which the model needs, is missing")
+            continue  # compressed, or tied to another
         if reader.files.shape(name) != tuple(tensor.shape):
             found = reader.files.shape(name)
             raise FormatError(

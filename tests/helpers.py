@@ -33,6 +33,21 @@ GATED: dict[str, Any] = {
 }
 
 
+def quantization(modules: dict[str, int], **changes: Any) -> dict[str, Any]:
+    """A ``quantization_config`` as in config.json; ``modules`` maps names to nnz, ``changes`` any other key."""
+    return {
+        "quant_method": "gqsa",
+        "format_version": 1,
+        "bits": 4,
+        "group_size": 16,
+        "sparsity": 0.5,
+        "pattern": "row",
+        "ignore": ["lm_head"],
+        "modules": {name: {"nnz": nnz} for name, nnz in modules.items()},
+        **changes,
+    }
+
+
 def dense_config(family: str, **changes: Any):
     """The transformers configuration of a tiny model; ``changes`` overrides any key."""
     import transformers as hf

@@ -26,6 +26,7 @@ from vllm_gqsa.format import (
     GroupSparseMatrix,
     check_group_size,
     check_tensor_names,
+    missing_dense,
 )
 from vllm_gqsa.kernels import linear
 
@@ -118,9 +119,11 @@ class GqsaQuantizer(HfQuantizer):
         if not checkpoint_files or not str(checkpoint_files[0]).endswith(".safetensors"):
             raise FormatError("a GQSA checkpoint is made of safetensors files, and none were found")
         names = set(_tensor_names([Path(file) for file in checkpoint_files]))
-        check_tensor_names(config, names, str(Path(checkpoint_files[0]).parent))
+        where = str(Path(checkpoint_files[0]).parent)
+        check_tensor_names(config, names, where)
         _replace_linears(model, config)
-        _check_dense(model, names, str(Path(checkpoint_files[0]).parent))
+        for name in missing_dense(config, model, names):
+            raise FormatError(f"{where}: {name} is missing, and config.json does not list it as compressed")
         return model
 
     def _process_model_after_weight_loading(
@@ -174,18 +177,6 @@ def _replace_linears(model: PreTrainedModel, config: GqsaConfig) -> None:
         check_group_size(config.group_size, old.in_features, name)
         new = GqsaLinear(old.in_features, old.out_features, entry.nnz, config.group_size, old.bias)
         model.set_submodule(name, new)
-
-
-def _check_dense(model: PreTrainedModel, names: set[str], where: str) -> None:
-    """Check that the checkpoint holds every tensor of the model, compressed or dense.
-
-    Raises:
-        FormatError: one is missing, and it is not tied to another (an output head to the embedding).
-    """
-    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    for name in model.state_dict():
-        if name not in names and name not in tied:
-            raise FormatError(f"{where}: {name} is missing, and config.json does not list it as compressed")
 
 
 def _register() -> None:

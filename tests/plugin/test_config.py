@@ -11,7 +11,7 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers import linear as vllm_linear
 from vllm.model_executor.models.utils import WeightsMapper
 
-from tests.helpers import compress_randomly, edit_tensors, make_dense
+from tests.helpers import compress_randomly, edit_tensors, make_dense, quantization
 from vllm_gqsa.format import FormatError
 from vllm_gqsa.plugin.config import GqsaQuantizationConfig
 from vllm_gqsa.plugin.linear import GqsaLinearMethod
@@ -35,17 +35,8 @@ def vllm_config(monkeypatch):
 
 
 def make(modules=(Q, K, V), ignore=("lm_head",), **changes):
-    raw = {
-        "quant_method": "gqsa",
-        "format_version": 1,
-        "bits": 4,
-        "group_size": 16,
-        "sparsity": 0.5,
-        "pattern": "row",
-        "ignore": list(ignore),
-        "modules": {name: {"nnz": at} for at, name in enumerate(modules)},
-    }
-    config = GqsaQuantizationConfig.from_config({**raw, **changes})
+    nnz = {name: at for at, name in enumerate(modules)}
+    config = GqsaQuantizationConfig.from_config(quantization(nnz, ignore=list(ignore), **changes))
     config.packed_modules_mapping = FUSED
     return config
 

@@ -12,7 +12,14 @@ import torch
 
 pytest.importorskip("vllm", reason="needs vLLM")
 
-from tests.helpers import FAMILIES, compress_randomly, edit_quantization, edit_tensors, make_dense
+from tests.helpers import (
+    FAMILIES,
+    compress_randomly,
+    edit_quantization,
+    edit_tensors,
+    make_dense,
+    quantization,
+)
 
 PROMPTS = [[5, 17, 33], [9], [100, 101, 102, 103, 104, 105, 106], [200, 3, 77, 12]]
 ENGINE = Path(__file__).with_name("engine.py")
@@ -200,18 +207,9 @@ def mixture(folder):
     )
     config.save_pretrained(folder)
     attention = [f"model.layers.0.self_attn.{each}_proj" for each in "qkvo"]
-    quantization = {
-        "quant_method": "gqsa",
-        "format_version": 1,
-        "bits": 4,
-        "group_size": 16,
-        "sparsity": 0.5,
-        "pattern": "row",
-        "ignore": ["lm_head", "re:.*gate"],
-        "modules": {name: {"nnz": 512} for name in attention},
-    }
+    raw = quantization(dict.fromkeys(attention, 512), ignore=["lm_head", "re:.*gate"])
     path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": quantization}))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": raw}))
     return folder
 
 

@@ -10,7 +10,7 @@ pytest.importorskip("vllm", reason="needs vLLM")
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers import linear as vllm_linear
 
-from tests.helpers import random_matrix
+from tests.helpers import quantization, random_matrix
 from vllm_gqsa.format import TENSORS, FormatError, GqsaConfig, GroupSparseMatrix
 from vllm_gqsa.plugin.config import GqsaQuantizationConfig
 
@@ -48,17 +48,9 @@ def pretend(monkeypatch, rank, size):
 
 
 def config_for(matrices, **changes):
-    raw = {
-        "quant_method": "gqsa",
-        "format_version": 1,
-        "bits": 4,
-        "group_size": 16,
-        "sparsity": 0.5,
-        "pattern": "matrix",
-        "ignore": ["lm_head"],
-        "modules": {name: {"nnz": matrix.nnz} for name, matrix in matrices.items()},
-    }
-    config = GqsaQuantizationConfig(GqsaConfig.parse({**raw, **changes}, "test"))
+    nnz = {name: matrix.nnz for name, matrix in matrices.items()}
+    raw = quantization(nnz, **{"pattern": "matrix", **changes})
+    config = GqsaQuantizationConfig(GqsaConfig.parse(raw, "test"))
     config.packed_modules_mapping = FUSED
     return config
 

@@ -4,6 +4,7 @@ from vllm_gqsa.format.checkpoint import (
     CheckpointReader,
     TensorFiles,
     check_tensor_names,
+    missing_dense,
     read_config,
     read_json,
 )
@@ -18,7 +19,7 @@ from vllm_gqsa.format.codecs import (
 )
 from vllm_gqsa.format.errors import FormatError
 from vllm_gqsa.format.matrix import GROUP_SIZES, TENSORS, GroupSparseMatrix, check_group_size, quantize_groups
-from vllm_gqsa.format.schema import FORMAT_VERSION, GqsaConfig, ModuleEntry, is_ignored, parse_pattern
+from vllm_gqsa.format.schema import FORMAT_VERSION, GqsaConfig, ModuleEntry, check_ignore, is_ignored, parse_pattern
 
 __all__ = [
     "FORMAT_VERSION",
@@ -31,10 +32,12 @@ __all__ = [
     "ModuleEntry",
     "TensorFiles",
     "check_group_size",
+    "check_ignore",
     "check_tensor_names",
     "decode_scale_zero",
     "encode_scale_zero",
     "is_ignored",
+    "missing_dense",
     "pack_bitmap",
     "pack_nibbles",
     "parse_pattern",

@@ -14,7 +14,7 @@ from vllm_gqsa.format.errors import FormatError
 from vllm_gqsa.format.matrix import TENSORS, GroupSparseMatrix
 from vllm_gqsa.format.schema import GqsaConfig
 
-__all__ = ["CheckpointReader", "TensorFiles", "check_tensor_names", "read_config", "read_json"]
+__all__ = ["CheckpointReader", "TensorFiles", "check_tensor_names", "missing_dense", "read_config", "read_json"]
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -146,6 +146,19 @@ def check_tensor_names(config: GqsaConfig, names: Iterable[str], where: str) -> 
         module, _, suffix = name.rpartition(".")
         if suffix in TENSORS and module not in config.modules:
             raise FormatError(f"{where}: {name} belongs to {module}, which config.json does not list in modules")
+
+
+def missing_dense(config: GqsaConfig, model: torch.nn.Module, names: Iterable[str]) -> list[str]:
+    """Tensors outside the compressed linears that a model needs and a checkpoint lacks.
+
+    Args:
+        config: the checkpoint's configuration.
+        model: of transformers, with or without memory for its weights; what it ties to another tensor is not needed.
+        names: all tensor names of the checkpoint.
+    """
+    present = {*names, *(getattr(model, "all_tied_weights_keys", None) or ())}
+    needed = (name for name in model.state_dict() if name.removesuffix(".weight") not in config.modules)
+    return [name for name in needed if name not in present]
 
 
 class CheckpointReader:

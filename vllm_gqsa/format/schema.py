@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from vllm_gqsa.format.errors import FormatError
 from vllm_gqsa.format.matrix import GROUP_SIZES
 
-__all__ = ["FORMAT_VERSION", "GqsaConfig", "ModuleEntry", "is_ignored", "parse_pattern"]
+__all__ = ["FORMAT_VERSION", "GqsaConfig", "ModuleEntry", "check_ignore", "is_ignored", "parse_pattern"]
 
 FORMAT_VERSION = 1
 
@@ -58,12 +58,7 @@ class GqsaConfig(BaseModel):
     @field_validator("ignore")
     @classmethod
     def _regular_expressions_compile(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for entry in value:
-            if entry.startswith("re:"):
-                try:
-                    re.compile(entry[3:])
-                except re.error as error:
-                    raise ValueError(f"{entry!r} is not a regular expression: {error}") from error
+        check_ignore(value)
         return value
 
     @classmethod
@@ -108,6 +103,20 @@ def parse_pattern(pattern: str) -> tuple[int, int]:
     if match is None or not 0 < int(match[1]) <= int(match[2]):
         raise ValueError(f"pattern {pattern!r} is neither 'row', 'matrix' nor 'n:m' with 0 < n <= m")
     return int(match[1]), int(match[2])
+
+
+def check_ignore(ignore: tuple[str, ...]) -> None:
+    """Check that the ``re:`` entries of an ignore list compile.
+
+    Raises:
+        ValueError: one does not; the message begins with ``ignore`` and the entry.
+    """
+    for entry in ignore:
+        if entry.startswith("re:"):
+            try:
+                re.compile(entry[3:])
+            except re.error as error:
+                raise ValueError(f"ignore {entry!r} is not a regular expression: {error}") from error
 
 
 def is_ignored(name: str, ignore: tuple[str, ...]) -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
-from vllm_gqsa.format import CheckpointReader, FormatError, GqsaConfig, is_ignored
+from vllm_gqsa.format import CheckpointReader, FormatError, GqsaConfig, is_ignored, missing_dense
 from vllm_gqsa.plugin.shards import Sources
 
 __all__ = ["GqsaQuantizationConfig"]
@@ -177,11 +177,8 @@ def _check_dense(reader: CheckpointReader) -> None:
         return  # a kind of model whose names transformers does not tell
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    for name in model.state_dict():
-        compressed = name.removesuffix(".weight") in reader.config.modules
-        if not compressed and name not in reader.files and name not in tied:
-            raise FormatError(f"{reader.folder}: tensor {name}, which the model needs, is missing")
+    for name in missing_dense(reader.config, model, reader.files.file_of):
+        raise FormatError(f"{reader.folder}: tensor {name}, which the model needs, is missing")
 
 
 def _is_routed_experts(layer: torch.nn.Module) -> bool:
