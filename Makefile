@@ -13,7 +13,7 @@ help: ## Show this list
 setup: $(STAMP) ## Make .venv with this project and the real vLLM for CPU in it
 
 # Quick when nothing it depends on has changed.
-$(STAMP): pyproject.toml setup.py benchmarks/demo/install.py
+$(STAMP): pyproject.toml setup.py benchmarks/demo/install.py $(wildcard csrc/*/*)
 	@$(PYTHON) benchmarks/demo/install.py $(VENV)
 	@touch $@
 

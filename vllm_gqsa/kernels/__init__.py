@@ -3,6 +3,6 @@
 Needs torch, not vLLM.
 """
 
-from vllm_gqsa.kernels.ops import linear
+from vllm_gqsa.kernels.ops import linear, prepare, restore
 
-__all__ = ["linear"]
+__all__ = ["linear", "prepare", "restore"]

@@ -13,7 +13,7 @@ from vllm.model_executor.layers.linear import (
     RowParallelLinear,
 )
 
-import vllm_gqsa.kernels  # noqa: F401 - registers gqsa::linear
+from vllm_gqsa import kernels
 from vllm_gqsa.format import TENSORS, FormatError, GqsaConfig, GroupSparseMatrix
 from vllm_gqsa.plugin.loading import Placeholder, Staging
 from vllm_gqsa.plugin.shards import Shard, ShardId, ShardPlan, Sources, check_columns
@@ -81,10 +81,9 @@ class GqsaLinearMethod(LinearMethodBase):
         staging.clear()
         self._check_size(matrix)
         self._nnz = matrix.nnz
-        device = layer.get_parameter("qweight").device
-        for piece, tensor in matrix.tensors().items():
-            loaded = torch.nn.Parameter(tensor.to(device).contiguous(), requires_grad=False)
-            layer.register_parameter(piece, loaded)
+        matrix = matrix.to(layer.get_parameter("qweight").device)
+        for piece, tensor in kernels.prepare(matrix).tensors().items():
+            layer.register_parameter(piece, torch.nn.Parameter(tensor.contiguous(), requires_grad=False))
 
     def _loaded(self) -> Staging:
         if self._staging is None:
@@ -128,9 +127,8 @@ class GqsaLinearMethod(LinearMethodBase):
             matrix = self._synthesize(staging.plan) if staging.empty and self._dummy else staging.finish()
             matrix = matrix.to(layer.get_parameter("qweight").device)
         else:
-            matrix = GroupSparseMatrix.from_tensors(
-                {piece: getattr(layer, piece).data for piece in TENSORS}, self.in_features, self.group_size
-            )
+            tensors = {piece: getattr(layer, piece).data for piece in TENSORS}
+            matrix = kernels.restore(tensors, self.in_features, self.group_size)
         return matrix.to_dense(self._params_dtype)
 
 

@@ -1,0 +1,154 @@
+// What the kernels of all instruction sets share: walking the kept groups of a row. Unnamed namespace, see numbers.h.
+#pragma once
+
+#include <type_traits>
+
+#include "numbers.h"
+
+#define GQSA_INLINE __attribute__((always_inline)) inline
+
+namespace gqsa::cpu {
+namespace {
+
+// Units are counted in groups for G = 8, where the activations come in eights too.
+constexpr int units_per_group(int group_size) { return group_size <= 16 ? 1 : group_size / 16; }
+constexpr int unit_size(int group_size) { return group_size < 16 ? group_size : 16; }
+
+inline int lowest_bit(uint32_t bits) { return __builtin_ctz(bits); }
+
+// Where the activations of each unit of a row are, in bytes from Call::x, appended to `out`.
+template <int G>
+inline uint32_t* append_offsets(const Weight& weight, int64_t row, uint32_t stride, uint32_t* out) {
+    constexpr int parts = units_per_group(G);
+    const uint8_t* mask = weight.group_mask + row * weight.mask_stride;
+    for (int64_t byte = 0; byte < weight.mask_stride; ++byte) {
+        for (uint32_t bits = mask[byte]; bits; bits &= bits - 1) {
+            const uint32_t first = (static_cast<uint32_t>(byte) * 8 + lowest_bit(bits)) * parts * stride;
+            for (int part = 0; part < parts; ++part) *out++ = first + part * stride;
+        }
+    }
+    return out;
+}
+
+template <int G, class T, class Round>
+inline void dequantize_row(const Weight& weight, int64_t row, T* out, Round round) {
+    constexpr int pieces = G < 16 ? 1 : G / 16, length = unit_size(G);
+    std::memset(out, 0, static_cast<size_t>(weight.in_features) * sizeof(T));
+    const uint8_t* mask = weight.group_mask + row * weight.mask_stride;
+    int64_t group = weight.crow_indices[row];
+    for (int64_t byte = 0; byte < weight.mask_stride; ++byte) {
+        for (uint32_t bits = mask[byte]; bits; bits &= bits - 1, ++group) {
+            const uint16_t scale_zero = weight.scale_zero[group];
+            const float scale = scale_of(scale_zero);
+            const int zero = scale_zero & 15;
+            T* target = out + (byte * 8 + lowest_bit(bits)) * G;
+            for (int piece = 0; piece < pieces; ++piece, target += 16) {
+                const int64_t unit = G < 16 ? group / 2 : group * pieces + piece;
+                const int k = unit & 7, shift = 4 * (k >> 1);
+                const uint16_t* words = weight.words + (unit >> 3) * 32 + (k & 1) * 16 + (G < 16 ? (group & 1) * 8 : 0);
+                for (int i = 0; i < length; ++i) {
+                    target[i] = round(scale * static_cast<float>((words[i] >> shift & 15) - zero));
+                }
+            }
+        }
+    }
+}
+
+template <int G>
+inline void dequantize_rows(const Weight& weight, int64_t begin, int64_t end, Dtype dtype, void* out) {
+    const int64_t k = weight.in_features;
+    for (int64_t row = begin; row < end; ++row) {
+        const int64_t at = (row - begin) * k;
+        switch (dtype) {
+            case Dtype::bfloat16: dequantize_row<G>(weight, row, static_cast<uint16_t*>(out) + at, to_bfloat16); break;
+            case Dtype::float16: dequantize_row<G>(weight, row, static_cast<uint16_t*>(out) + at, to_float16); break;
+            default: dequantize_row<G>(weight, row, static_cast<float*>(out) + at, [](float value) { return value; });
+        }
+    }
+}
+
+// Calls f(std::integral_constant<int, G>) for the group size at run time.
+template <class F>
+inline void for_group_size(int group_size, F f) {
+    switch (group_size) {
+        case 8: return f(std::integral_constant<int, 8>{});
+        case 16: return f(std::integral_constant<int, 16>{});
+        case 32: return f(std::integral_constant<int, 32>{});
+        case 64: return f(std::integral_constant<int, 64>{});
+        default: return f(std::integral_constant<int, 128>{});
+    }
+}
+
+inline void dequantize(const Weight& weight, int64_t begin, int64_t end, Dtype dtype, void* out) {
+    for_group_size(weight.group_size, [&](auto size) { dequantize_rows<size>(weight, begin, end, dtype, out); });
+}
+
+// Calls f(std::integral_constant<int, tokens>) for 1..kTokenBlock tokens.
+template <class F>
+inline void for_tokens(int64_t tokens, F f) {
+    switch (tokens) {
+        case 1: return f(std::integral_constant<int, 1>{});
+        case 2: return f(std::integral_constant<int, 2>{});
+        case 3: return f(std::integral_constant<int, 3>{});
+        case 4: return f(std::integral_constant<int, 4>{});
+        case 5: return f(std::integral_constant<int, 5>{});
+        case 6: return f(std::integral_constant<int, 6>{});
+        case 7: return f(std::integral_constant<int, 7>{});
+        default: return f(std::integral_constant<int, 8>{});
+    }
+}
+
+// A row of the weight: its units [begin, end), counted over the whole matrix, and where the activations of the 16 units
+// of each chunk that it touches are, in bytes from Call::x; those of units outside of the row are zeros.
+struct Row {
+    int64_t begin, end;
+    const uint32_t* offsets;
+
+    bool holds_chunk(int64_t chunk) const { return chunk * 16 >= begin && chunk * 16 + 16 <= end; }
+    // Whether any of the eight units from `first` on is the row's.
+    bool touches(int64_t first) const { return first < end && first + 8 > begin; }
+};
+
+// Never inlined: the code for all numbers of tokens in one function would spill registers.
+template <class Multiply, int G, int Tokens>
+__attribute__((noinline)) void run_rows(const Call& call, const Row* rows, int64_t count, int64_t first, int64_t token) {
+    for (int64_t i = 0; i < count; ++i) {
+        float sums[Tokens];
+        Multiply::template run<G, Tokens>(call, rows[i], token, sums);
+        for (int m = 0; m < Tokens; ++m) store_sum(call, first + i, token + m, sums[m]);
+    }
+}
+
+// Runs Multiply::run<G, tokens>(call, row, first token, sums) for all rows and tokens. `element` is the size of a
+// prepared activation; `append` is append_offsets or a faster twin.
+template <class Multiply, int G, class Append>
+inline void for_rows(const Call& call, int64_t begin, int64_t end, uint32_t* offsets, uint32_t element, Append append) {
+    const Weight& weight = call.weight;
+    const uint32_t stride = static_cast<uint32_t>(call.padded_tokens) * unit_size(G) * element;
+    const uint32_t zeros = static_cast<uint32_t>(weight.in_features / unit_size(G)) * stride;
+    // More tokens than a block holds are two blocks of about the same size, the first one even: 9 are 4 and 5.
+    static_assert(kMaxTokens == 2 * kTokenBlock);
+    const int64_t first_block = call.tokens <= kTokenBlock ? call.tokens : (call.tokens / 2 + 1) / 2 * 2;
+    // Several rows at a time: their offsets are ready when they are used, and their codes stay in the first cache when
+    // there is more than one block of tokens.
+    for (int64_t first = begin; first < end; first += kRowsAtOnce) {
+        Row rows[kRowsAtOnce];
+        const int64_t count = first + kRowsAtOnce < end ? kRowsAtOnce : end - first;
+        uint32_t* at = offsets;
+        for (int64_t i = 0; i < count; ++i) {
+            rows[i] = {int64_t{weight.crow_indices[first + i]} * units_per_group(G),
+                       int64_t{weight.crow_indices[first + i + 1]} * units_per_group(G), at};
+            for (int64_t before = rows[i].begin & 15; before; --before) *at++ = zeros;
+            at = append(weight, first + i, stride, at);
+            for (int after = 0; after < 16; ++after) *at++ = zeros;
+        }
+        for (int64_t token = 0, next = first_block; token < call.tokens; token = next, next = call.tokens) {
+            for_tokens(next - token, [&](auto tokens) {
+                run_rows<Multiply, G, tokens>(call, rows, count, first, token);
+            });
+        }
+    }
+}
+
+}  // namespace
+}  // namespace gqsa::cpu

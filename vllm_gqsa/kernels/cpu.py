@@ -1,0 +1,286 @@
+"""The native CPU kernels (csrc/cpu): finding them, choosing one, laying a matrix out for them, calling them.
+
+The library has a plain C interface and is called through ctypes, so one build serves every version of torch and
+Python. It runs on torch's own threads, which vLLM binds to cores, through ``torch_parallel_for`` of libtorch's stable
+C interface (torch 2.10 on).
+"""
+
+import ctypes
+import functools
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from vllm_gqsa.format import TENSORS, GroupSparseMatrix
+
+__all__ = ["PackedMatrix", "available", "choose_kernel", "kernels", "linear_cpu", "partition"]
+
+_logger = logging.getLogger(__name__)
+
+_LIBRARY = Path(__file__).with_name("_cpu.so")
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_BLOCK_BYTES = 64
+"""Bytes of codes in a block of the layout, see csrc/cpu/kernel.h."""
+
+_DENSE_FROM = {"portable": 4, "avx2": 16, "avx512": 16, "avx512_bf16": 32, "avx512_vnni": 32}
+"""Tokens from which expanding the weight and multiplying by it with oneDNN is faster than each kernel."""
+
+_CHUNK_BYTES = 1 << 20
+"""Dense weight expanded at a time; it should stay in the second-level cache until it is multiplied."""
+
+
+class _Weight(ctypes.Structure):
+    """``gqsa::cpu::Weight`` of csrc/cpu/kernel.h."""
+
+    _fields_ = (
+        ("crow_indices", ctypes.c_void_p),
+        ("group_mask", ctypes.c_void_p),
+        ("words", ctypes.c_void_p),
+        ("scale_zero", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("in_features", ctypes.c_int64),
+        ("mask_stride", ctypes.c_int64),
+        ("group_size", ctypes.c_int32),
+    )
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    """The library, or None, said once, where it was not built."""
+    if not _LIBRARY.exists():
+        _logger.warning(
+            "vllm-gqsa was installed without its CPU kernels, because no C++ compiler was found then: every linear "
+            "expands its whole weight on every call, which is slow. Install g++ or clang++ and vllm-gqsa again."
+        )
+        return None
+    library = ctypes.CDLL(str(_LIBRARY))
+    pointer, long, int32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+    weight = ctypes.POINTER(_Weight)
+    library.gqsa_cpu_kernel.restype = ctypes.c_char_p
+    library.gqsa_cpu_kernel.argtypes = (int32,)
+    library.gqsa_cpu_supported.argtypes = (int32,)
+    library.gqsa_cpu_linear.argtypes = (
+        *(int32, weight, pointer, long, long, int32, pointer, pointer, long),
+        pointer,
+    )
+    library.gqsa_cpu_dequantize.argtypes = (int32, weight, long, long, int32, pointer, long, pointer)
+    library.gqsa_cpu_pack.argtypes = (weight, pointer, pointer, pointer, long, pointer)
+    library.gqsa_cpu_unpack.argtypes = (pointer, long, pointer)
+    library.gqsa_cpu_partition.argtypes = (pointer, long, long, pointer)
+    for name in ("linear", "dequantize", "pack", "unpack", "partition"):
+        getattr(library, f"gqsa_cpu_{name}").restype = None
+    return library
+
+
+def _loaded() -> ctypes.CDLL:
+    library = _library()
+    if library is None:
+        raise RuntimeError("vllm-gqsa was installed without its CPU kernels")
+    return library
+
+
+@functools.cache
+def _parallel_for() -> int | None:
+    """Address of libtorch's ``torch_parallel_for``; None (one thread) in a build of torch that hides it."""
+    libtorch = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+    try:
+        function = libtorch.torch_parallel_for
+    except AttributeError:
+        _logger.warning("torch %s has no torch_parallel_for: the CPU kernels run on one thread", torch.__version__)
+        return None
+    return ctypes.cast(function, ctypes.c_void_p).value
+
+
+def available() -> bool:
+    """Whether the native kernels were built; says so once where they were not."""
+    return _library() is not None
+
+
+@functools.cache
+def kernels() -> dict[str, int]:
+    """The kernels that this processor can run, by name, each faster than the one before; with their C indices."""
+    library = _loaded()
+    found: dict[str, int] = {}
+    index = 0
+    while (name := library.gqsa_cpu_kernel(index)) is not None:
+        if library.gqsa_cpu_supported(index):
+            found[name.decode()] = index
+        index += 1
+    return found
+
+
+@functools.cache
+def choose_kernel(dtype: torch.dtype, group_size: int, activations: str = "") -> str:
+    """The fastest kernel for activations of ``dtype``.
+
+    Args:
+        dtype: of the activations.
+        group_size: G.
+        activations: the environment variable ``GQSA_CPU_ACT``: "int8" allows activations to be rounded to int8.
+
+    Raises:
+        ValueError: ``activations`` is neither empty nor "int8".
+    """
+    if activations not in ("", "int8"):
+        raise ValueError(f"GQSA_CPU_ACT={activations}: is not known; set it to int8 or leave it out")
+    names = kernels()
+    if activations == "int8":
+        if "avx512_vnni" in names and group_size >= 16:
+            return "avx512_vnni"
+        reason = "group_size 8" if group_size < 16 else "a processor without AVX-512 VNNI and VBMI"
+        _logger.warning("GQSA_CPU_ACT=int8 has no effect with %s; activations keep their dtype", reason)
+    if dtype == torch.bfloat16 and "avx512_bf16" in names and group_size >= 16:
+        return "avx512_bf16"
+    return next(name for name in ("avx512", "avx2", "portable") if name in names)
+
+
+@dataclass(frozen=True, eq=False)
+class PackedMatrix:
+    """A :class:`GroupSparseMatrix` with its codes in the order of the CPU kernels; all else is as it was.
+
+    The order is a permutation of the bytes of ``qweight`` within blocks of 64: see csrc/cpu/kernel.h. The op
+    ``gqsa::linear`` tells the two apart by the dtype of ``qweight``.
+
+    Attributes:
+        crow_indices: int32 ``[N + 1]``.
+        group_mask: uint8 ``[N, ceil(S / 8)]``.
+        qweight: int16 ``[blocks, 2, 16]``, blocks = ceil(nnz * G / 128).
+        scale_zero: int16 ``[nnz]``.
+        in_features: K.
+        group_size: G.
+    """
+
+    crow_indices: torch.Tensor
+    group_mask: torch.Tensor
+    qweight: torch.Tensor
+    scale_zero: torch.Tensor
+    in_features: int
+    group_size: int
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The four tensors, by the names of :data:`vllm_gqsa.format.TENSORS`."""
+        return {name: getattr(self, name) for name in TENSORS}
+
+    @classmethod
+    def pack(cls, matrix: GroupSparseMatrix) -> "PackedMatrix":
+        """Copy a valid matrix on the CPU; every thread writes what it will read, for machines with NUMA."""
+        blocks = -(-matrix.qweight.numel() // _BLOCK_BYTES)
+        packed = cls(
+            crow_indices=matrix.crow_indices.contiguous(),
+            group_mask=torch.empty_like(matrix.group_mask, memory_format=torch.contiguous_format),
+            qweight=torch.empty(blocks, 2, 16, dtype=torch.int16),
+            scale_zero=torch.empty_like(matrix.scale_zero, memory_format=torch.contiguous_format),
+            in_features=matrix.in_features,
+            group_size=matrix.group_size,
+        )
+        sources = [t.contiguous() for t in (matrix.group_mask, matrix.qweight, matrix.scale_zero)]
+        _loaded().gqsa_cpu_pack(
+            packed._weight(), *(t.data_ptr() for t in sources), torch.get_num_threads(), _parallel_for()
+        )
+        return packed
+
+    def unpack(self) -> GroupSparseMatrix:
+        """The matrix in the checkpoint's order; mask and scales are shared, codes copied."""
+        nnz = self.scale_zero.numel()
+        qweight = torch.empty(nnz, self.group_size // 2, dtype=torch.uint8)
+        _loaded().gqsa_cpu_unpack(self.qweight.data_ptr(), qweight.numel(), qweight.data_ptr())
+        return GroupSparseMatrix.from_tensors(self.tensors() | {"qweight": qweight}, self.in_features, self.group_size)
+
+    def to_dense(self, start: int, stop: int, dtype: torch.dtype, kernel: str | None = None) -> torch.Tensor:
+        """Rows ``start:stop`` of the dense weight, computed in float32 (exact) and rounded once to ``dtype``."""
+        out = torch.empty(stop - start, self.in_features, dtype=dtype)
+        _loaded().gqsa_cpu_dequantize(
+            kernels()[kernel or choose_kernel(dtype, self.group_size)],
+            *(self._weight(), start, stop, _DTYPES[dtype], out.data_ptr()),
+            *(torch.get_num_threads(), _parallel_for()),
+        )
+        return out
+
+    def _weight(self) -> _Weight:
+        return _Weight(
+            self.crow_indices.data_ptr(),
+            self.group_mask.data_ptr(),
+            self.qweight.data_ptr(),
+            self.scale_zero.data_ptr(),
+            self.crow_indices.shape[0] - 1,
+            self.in_features,
+            self.group_mask.shape[1],
+            self.group_size,
+        )
+
+
+def linear_cpu(
+    x: torch.Tensor, weight: PackedMatrix, bias: torch.Tensor | None = None, kernel: str | None = None
+) -> torch.Tensor:
+    """Multiply by a packed weight on the CPU.
+
+    Two environment variables act on it: ``GQSA_CPU_ACT=int8`` rounds activations to int8 where the processor can
+    use that, and vLLM's ``VLLM_BATCH_INVARIANT=1`` keeps to one kernel whatever the number of tokens.
+
+    Args:
+        x: float32, float16 or bfloat16 ``[..., K]``, any strides.
+        weight: ``[N, K]``, trusted.
+        bias: ``[N]`` in the dtype of ``x``.
+        kernel: one of :func:`kernels`, to be used for any number of tokens; None chooses.
+
+    Returns:
+        ``[..., N]`` in the dtype of ``x``. With the exact kernels (all but avx512_vnni), sums are float32 and a
+        token's result depends neither on the other tokens nor on the number of threads, as long as there are fewer
+        tokens than the crossover to oneDNN.
+
+    Raises:
+        TypeError: ``x`` has another dtype.
+    """
+    if x.dtype not in _DTYPES:
+        raise TypeError(f"gqsa::linear: x is {x.dtype}; it must be float32, float16 or bfloat16")
+    rows = weight.crow_indices.shape[0] - 1
+    flat = x.reshape(-1, weight.in_features)
+    tokens = flat.shape[0]
+    chosen = kernel or choose_kernel(x.dtype, weight.group_size, os.environ.get("GQSA_CPU_ACT", ""))
+    invariant = kernel is not None or os.environ.get("VLLM_BATCH_INVARIANT") == "1"
+    if tokens >= _DENSE_FROM[chosen] and not invariant:
+        out = _linear_dense(flat, weight, bias, chosen)
+    else:
+        if flat.stride(-1) != 1:
+            flat = flat.contiguous()
+        out = torch.empty(tokens, rows, dtype=x.dtype)
+        _loaded().gqsa_cpu_linear(
+            kernels()[chosen],
+            weight._weight(),
+            flat.data_ptr(),
+            flat.stride(0),
+            tokens,
+            _DTYPES[x.dtype],
+            None if bias is None else bias.contiguous().data_ptr(),
+            out.data_ptr(),
+            torch.get_num_threads(),
+            _parallel_for(),
+        )
+    return out.view(*x.shape[:-1], rows)
+
+
+def _linear_dense(x: torch.Tensor, weight: PackedMatrix, bias: torch.Tensor | None, kernel: str) -> torch.Tensor:
+    rows = weight.crow_indices.shape[0] - 1
+    step = max(32, _CHUNK_BYTES // (weight.in_features * x.element_size()))
+    out = torch.empty(x.shape[0], rows, dtype=x.dtype)
+    for start in range(0, rows, step):
+        stop = min(rows, start + step)
+        dense = weight.to_dense(start, stop, x.dtype, kernel)
+        out[:, start:stop] = F.linear(x, dense, None if bias is None else bias[start:stop])
+    return out
+
+
+def partition(crow_indices: torch.Tensor, shares: int) -> list[int]:
+    """First row of each thread's share, and N: rows are cut so that all keep about the same number of groups.
+
+    Args:
+        crow_indices: int32 ``[N + 1]`` on the CPU.
+        shares: number of threads.
+    """
+    rows = torch.empty(shares + 1, dtype=torch.int64)
+    _loaded().gqsa_cpu_partition(crow_indices.data_ptr(), crow_indices.numel() - 1, shares, rows.data_ptr())
+    return rows.tolist()
