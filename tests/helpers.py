@@ -108,7 +108,7 @@ class Compressed:
     matrices: dict[str, GroupSparseMatrix] = field(default_factory=dict)
 
 
-DENSITIES = {"q": 0.3, "k": 0.7, "v": 0.5, "o": 0.4, "g": 0.35, "u": 0.65, "d": 0.5, "f": 0.45}
+DENSITIES = {"q": 0.3, "k": 0.7, "v": 0.5, "o": 0.4, "g": 0.35, "u": 0.65, "d": 0.5, "f": 0.45, "l": 0.8, "e": 0.8}
 """By the first letter of a linear's name, so that the shards of a fused layer differ in nnz."""
 
 
@@ -118,6 +118,7 @@ def compress_randomly(
     *,
     group_size: int = 16,
     ignore: tuple[str, ...] = ("lm_head",),
+    head: bool = False,
     seed: int = 0,
     scale: float = 1.0,
 ) -> Compressed:
@@ -127,18 +128,22 @@ def compress_randomly(
         dense: a folder with one model.safetensors.
         folder: gets ``checkpoint`` and ``twin``, the latter with the dequantised weights.
         group_size: G.
-        ignore: as in config.json.
+        ignore: as in config.json; without lm_head where that is compressed.
+        head: compress lm_head too, or the embedding that is tied to it.
         seed: of the masks; the same seed gives the same mask.
         scale: multiplies the weights first: another model with the same masks.
     """
     result = Compressed(folder / "checkpoint", folder / "twin")
+    tied = json.loads((dense / "config.json").read_text())["tie_word_embeddings"]
+    vocabulary = {"model.embed_tokens" if tied else "lm_head"} if head else set()
+    ignore = tuple(name for name in ignore if name != "lm_head" or not head)
     generator = torch.Generator().manual_seed(seed)
     compressed: dict[str, torch.Tensor] = {}
     twin: dict[str, torch.Tensor] = {}
     for name, tensor in sorted(load_file(dense / "model.safetensors").items()):
         module = name.removesuffix(".weight")
         last = module.rpartition(".")[2]
-        linear = last.endswith("_proj") or last in ("fc1", "fc2")
+        linear = last.endswith("_proj") or last in ("fc1", "fc2") or module in vocabulary
         if module == name or not linear or is_ignored(module, ignore):
             compressed[name] = twin[name] = tensor
             continue

@@ -29,11 +29,42 @@ from vllm_gqsa.format import (
     missing_dense,
 )
 from vllm_gqsa.kernels import linear
+from vllm_gqsa.kernels.embedding import embedding
 
-__all__ = ["GqsaHfConfig", "GqsaLinear", "GqsaQuantizer"]
+__all__ = ["GqsaEmbedding", "GqsaHfConfig", "GqsaLinear", "GqsaQuantizer", "GqsaTiedHead"]
 
 
-class GqsaLinear(torch.nn.Module):
+class _GqsaModule(torch.nn.Module):
+    """The four tensors of a matrix ``[rows, columns]`` as buffers."""
+
+    def __init__(self, rows: int, columns: int, nnz: int, group_size: int) -> None:
+        """Make room for ``nnz`` groups on the default device; the values come from a checkpoint.
+
+        Raises:
+            FormatError: the group size is not supported or does not divide the columns.
+        """
+        super().__init__()
+        check_group_size(group_size, columns, type(self).__name__)
+        self.shape = (rows, columns)
+        self.group_size = group_size
+        shapes = {
+            "crow_indices": (rows + 1,),
+            "group_mask": (rows, -(-columns // group_size // 8)),
+            "qweight": (nnz, group_size // 2),
+            "scale_zero": (nnz,),
+        }
+        for name, dtype in TENSORS.items():
+            self.register_buffer(name, torch.zeros(shapes[name], dtype=dtype))
+
+    @property
+    def matrix(self) -> GroupSparseMatrix:
+        """The weight."""
+        return GroupSparseMatrix.from_tensors(
+            {name: getattr(self, name) for name in TENSORS}, self.shape[1], self.group_size
+        )
+
+
+class GqsaLinear(_GqsaModule):
     """A linear layer with a group-sparse INT4 weight.
 
     Buffers are the four tensors of the format; ``bias`` is a parameter ``[out_features]`` or None.
@@ -47,27 +78,10 @@ class GqsaLinear(torch.nn.Module):
         Raises:
             FormatError: the group size is not supported or does not divide in_features.
         """
-        super().__init__()
-        check_group_size(group_size, in_features, "GqsaLinear")
+        super().__init__(out_features, in_features, nnz, group_size)
         self.in_features = in_features
         self.out_features = out_features
-        self.group_size = group_size
-        shapes = {
-            "crow_indices": (out_features + 1,),
-            "group_mask": (out_features, -(-in_features // group_size // 8)),
-            "qweight": (nnz, group_size // 2),
-            "scale_zero": (nnz,),
-        }
-        for name, dtype in TENSORS.items():
-            self.register_buffer(name, torch.zeros(shapes[name], dtype=dtype))
         self.bias = None if bias is None else torch.nn.Parameter(bias, requires_grad=False)
-
-    @property
-    def matrix(self) -> GroupSparseMatrix:
-        """The weight."""
-        return GroupSparseMatrix.from_tensors(
-            {name: getattr(self, name) for name in TENSORS}, self.in_features, self.group_size
-        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[..., in_features]`` to ``[..., out_features]`` in the dtype of ``x``."""
@@ -79,6 +93,42 @@ class GqsaLinear(torch.nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"group_size={self.group_size}, nnz={self.matrix.nnz}"
         )
+
+
+class GqsaEmbedding(_GqsaModule):
+    """An input embedding with a group-sparse INT4 table; :class:`GqsaTiedHead` multiplies by the same table."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, nnz: int, group_size: int, dtype: torch.dtype) -> None:
+        """Make room for ``nnz`` groups on the default device; the values come from a checkpoint.
+
+        Raises:
+            FormatError: the group size is not supported or does not divide embedding_dim.
+        """
+        super().__init__(num_embeddings, embedding_dim, nnz, group_size)
+        self.num_embeddings = num_embeddings
+        self.embedding_dim = embedding_dim
+        # Holds nothing but the dtype of the result, which follows .to(dtype) as a dense table's would.
+        self.register_buffer("_like", torch.empty(0, dtype=dtype), persistent=False)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """``[...]`` to ``[..., embedding_dim]``."""
+        return embedding(ids, self.matrix, self._like.dtype)
+
+    def extra_repr(self) -> str:
+        """Shape and size, for ``print(model)``."""
+        return f"{self.num_embeddings}, {self.embedding_dim}, group_size={self.group_size}, nnz={self.matrix.nnz}"
+
+
+class GqsaTiedHead(torch.nn.Module):
+    """An output head that is tied to a :class:`GqsaEmbedding` and holds nothing of its own."""
+
+    def __init__(self, table: GqsaEmbedding) -> None:
+        super().__init__()
+        self._table = [table]  # in a list, lest it be registered, and saved, as a part of the head
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``[..., embedding_dim]`` to ``[..., num_embeddings]`` in the dtype of ``x``."""
+        return linear(x, self._table[0].matrix)
 
 
 class GqsaHfConfig(QuantizationConfigMixin):
@@ -99,7 +149,7 @@ class GqsaHfConfig(QuantizationConfigMixin):
 
 
 class GqsaQuantizer(HfQuantizer):
-    """Puts :class:`GqsaLinear` in place before the weights are read and checks them afterwards."""
+    """Puts :class:`GqsaLinear` and its like in place before the weights are read and checks them afterwards."""
 
     requires_calibration = True
     quantization_config: GqsaHfConfig
@@ -110,7 +160,7 @@ class GqsaQuantizer(HfQuantizer):
         checkpoint_files: list[str] | None = None,
         **kwargs: Any,  # noqa: ANN401 - transformers' signature
     ) -> PreTrainedModel:
-        """Check names and replace linears; transformers itself only warns about what is missing.
+        """Check names and replace modules; transformers itself only warns about what is missing.
 
         Raises:
             FormatError: a file is truncated, tensors are missing or not listed, or a listed module is not there.
@@ -121,7 +171,8 @@ class GqsaQuantizer(HfQuantizer):
         names = set(_tensor_names([Path(file) for file in checkpoint_files]))
         where = str(Path(checkpoint_files[0]).parent)
         check_tensor_names(config, names, where)
-        _replace_linears(model, config)
+        for name in config.modules:
+            _replace(model, name, config)
         for name in missing_dense(config, model, names):
             raise FormatError(f"{where}: {name} is missing, and config.json does not list it as compressed")
         return model
@@ -138,10 +189,10 @@ class GqsaQuantizer(HfQuantizer):
         """
         modules = self.quantization_config.config.modules
         for name, module in model.named_modules():
-            if not isinstance(module, GqsaLinear) or module.qweight.is_meta:
+            if not isinstance(module, _GqsaModule) or module.qweight.is_meta:
                 continue
             matrix = module.matrix
-            matrix.validate(name, (module.out_features, module.in_features))
+            matrix.validate(name, module.shape)
             # Loading puts whatever shape the file holds in the place of the buffer.
             if matrix.nnz != modules[name].nnz:
                 raise FormatError(f"{name}: holds nnz = {matrix.nnz} groups, config.json says {modules[name].nnz}")
@@ -166,17 +217,37 @@ def _tensor_names(files: list[Path]) -> Iterator[str]:
             raise FormatError(f"{path}: is not a complete safetensors file: {error}") from error
 
 
-def _replace_linears(model: PreTrainedModel, config: GqsaConfig) -> None:
-    for name, entry in config.modules.items():
-        try:
-            old = model.get_submodule(name)
-        except AttributeError:
-            raise FormatError(f"config.json lists {name}, which {type(model).__name__} does not have") from None
-        if not isinstance(old, torch.nn.Linear):
-            raise FormatError(f"config.json lists {name}, which is a {type(old).__name__} and not a linear")
-        check_group_size(config.group_size, old.in_features, name)
-        new = GqsaLinear(old.in_features, old.out_features, entry.nnz, config.group_size, old.bias)
-        model.set_submodule(name, new)
+def _replace(model: PreTrainedModel, name: str, config: GqsaConfig) -> None:
+    try:
+        old = model.get_submodule(name)
+    except AttributeError:
+        raise FormatError(f"config.json lists {name}, which {type(model).__name__} does not have") from None
+    nnz, size = config.modules[name].nnz, config.group_size
+    if isinstance(old, torch.nn.Embedding):
+        check_group_size(size, old.embedding_dim, name)
+        table = GqsaEmbedding(old.num_embeddings, old.embedding_dim, nnz, size, old.weight.dtype)
+        model.set_submodule(name, table)
+        _tie(model, f"{name}.weight", table)
+    elif isinstance(old, torch.nn.Linear):
+        if f"{name}.weight" in model.all_tied_weights_keys:
+            raise FormatError(
+                f"config.json lists {name}, and ties it to {model.all_tied_weights_keys[name + '.weight']}; "
+                "set tie_word_embeddings to false in it"
+            )
+        check_group_size(size, old.in_features, name)
+        model.set_submodule(name, GqsaLinear(old.in_features, old.out_features, nnz, size, old.bias))
+    else:
+        raise FormatError(f"config.json lists {name}, which is a {type(old).__name__}, no linear and no embedding")
+
+
+def _tie(model: PreTrainedModel, source: str, table: GqsaEmbedding) -> None:
+    """Put a head that uses ``table`` in the place of what transformers would tie to its dense weight."""
+    heads = [target for target, each in model.all_tied_weights_keys.items() if each == source]
+    for target in heads:
+        model.set_submodule(target.removesuffix(".weight"), GqsaTiedHead(table))
+        del model.all_tied_weights_keys[target]
+    # transformers works the mapping out anew, from the attribute of its class, whenever tie_weights() is called.
+    model._tied_weights_keys = {t: s for t, s in (model._tied_weights_keys or {}).items() if t not in heads}
 
 
 def _register() -> None:

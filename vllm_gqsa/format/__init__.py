@@ -19,11 +19,22 @@ from vllm_gqsa.format.codecs import (
 )
 from vllm_gqsa.format.errors import FormatError
 from vllm_gqsa.format.matrix import GROUP_SIZES, TENSORS, GroupSparseMatrix, check_group_size, quantize_groups
-from vllm_gqsa.format.schema import FORMAT_VERSION, GqsaConfig, ModuleEntry, check_ignore, is_ignored, parse_pattern
+from vllm_gqsa.format.schema import (
+    EMBEDDING,
+    FORMAT_VERSION,
+    HEAD,
+    GqsaConfig,
+    ModuleEntry,
+    check_ignore,
+    is_ignored,
+    parse_pattern,
+)
 
 __all__ = [
+    "EMBEDDING",
     "FORMAT_VERSION",
     "GROUP_SIZES",
+    "HEAD",
     "TENSORS",
     "CheckpointReader",
     "FormatError",

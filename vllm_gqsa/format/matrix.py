@@ -1,7 +1,7 @@
 """One type for a group-sparse INT4 matrix: made, sliced, joined, checked and expanded here and nowhere else."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -265,6 +265,16 @@ class GroupSparseMatrix:
             scale_zero=self.scale_zero[chosen],
             in_features=stop - start,
             group_size=size,
+        )
+
+    def pad_rows(self, count: int) -> "GroupSparseMatrix":
+        """The same matrix with ``count`` empty rows behind; without any it is the matrix itself."""
+        if not count:
+            return self
+        return replace(
+            self,
+            crow_indices=torch.cat([self.crow_indices, self.crow_indices[-1:].expand(count)]),
+            group_mask=torch.cat([self.group_mask, self.group_mask.new_zeros(count, self.group_mask.shape[1])]),
         )
 
     @staticmethod

@@ -8,9 +8,23 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from vllm_gqsa.format.errors import FormatError
 from vllm_gqsa.format.matrix import GROUP_SIZES
 
-__all__ = ["FORMAT_VERSION", "GqsaConfig", "ModuleEntry", "check_ignore", "is_ignored", "parse_pattern"]
+__all__ = [
+    "EMBEDDING",
+    "FORMAT_VERSION",
+    "HEAD",
+    "GqsaConfig",
+    "ModuleEntry",
+    "check_ignore",
+    "is_ignored",
+    "parse_pattern",
+]
 
 FORMAT_VERSION = 1
+HEAD = "lm_head"
+"""Last part of the name of an output head."""
+EMBEDDING = "embed_tokens"
+"""Last part of the name of an input embedding. Listed in ``modules``, it is tied to the head: its one matrix
+``[vocabulary, hidden]`` serves both, and the head is neither listed nor ignored."""
 
 
 class ModuleEntry(BaseModel):
@@ -39,7 +53,7 @@ class GqsaConfig(BaseModel):
     ignore: tuple[str, ...] = ()
     """Modules left dense: exact names, or ``re:`` and a regular expression that matches from the start."""
     modules: dict[str, ModuleEntry]
-    """Every compressed linear by its unfused Hugging Face name."""
+    """Every compressed linear by its unfused Hugging Face name; also the embedding that is tied to the head."""
 
     @field_validator("group_size")
     @classmethod

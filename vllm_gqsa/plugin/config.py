@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
-from vllm_gqsa.format import CheckpointReader, FormatError, GqsaConfig, is_ignored, missing_dense
+from vllm_gqsa.format import EMBEDDING, HEAD, CheckpointReader, FormatError, GqsaConfig, is_ignored, missing_dense
 from vllm_gqsa.plugin.shards import Sources
 
 __all__ = ["GqsaQuantizationConfig"]
@@ -26,6 +26,8 @@ class GqsaQuantizationConfig(QuantizationConfig):
         """
         super().__init__()
         self.config = config
+        self._asked: set[str] = set()
+        """Compressed layers that the model under construction asked a method for."""
 
     def __repr__(self) -> str:
         if self.config is None:
@@ -108,9 +110,10 @@ class GqsaQuantizationConfig(QuantizationConfig):
 
         Raises:
             ValueError: the layer is half compressed, or neither compressed nor ignored.
-            NotImplementedError: a mixture of experts, or a compressed layer that is not a linear.
+            NotImplementedError: a mixture of experts, or a compressed layer of another kind.
         """
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod  # noqa: PLC0415
+        from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding  # noqa: PLC0415
 
         from vllm_gqsa.plugin.linear import GqsaLinearMethod  # noqa: PLC0415
 
@@ -121,17 +124,57 @@ class GqsaQuantizationConfig(QuantizationConfig):
                 f"{prefix}: this is a mixture-of-experts model, which vllm-gqsa does not serve yet; "
                 "serve the dense model instead"
             )
+        if isinstance(layer, VocabParallelEmbedding):
+            return self._vocabulary_method(layer, prefix, self.config)
         if not isinstance(layer, LinearBase):
             if prefix and prefix in self.config.modules:
                 raise NotImplementedError(
-                    f"{prefix}: is compressed, but vllm-gqsa serves compressed linear layers only, not "
-                    f"{type(layer).__name__}; compress again with it in the ignore list"
+                    f"{prefix}: is compressed, but vllm-gqsa serves compressed linear layers, embeddings and output "
+                    f"heads only, not {type(layer).__name__}; compress again with it in the ignore list"
                 )
             return None
         names = self._unfused(prefix)
         if self._is_compressed(prefix, names, self.config):
             return GqsaLinearMethod(self.config, Sources.of(prefix, names, self.config))
         return UnquantizedLinearMethod()
+
+    def get_checkpoint_weight_mapper(self) -> Any:  # noqa: ANN401 - vLLM's WeightsMapper
+        """Of no use here, but vLLM calls it when the model is built and before its weights are read.
+
+        Raises:
+            NotImplementedError: the vocabulary is compressed and the model class did not ask for a method for it.
+        """
+        from vllm.distributed import get_pp_group  # noqa: PLC0415
+
+        listed = [] if self.config is None else [n for n in self.config.modules if _last(n) in (EMBEDDING, HEAD)]
+        # Other ranks of a pipeline build neither the embedding nor the head, and load nothing for them.
+        if get_pp_group().world_size == 1:
+            for name in listed:
+                if name not in self._asked:
+                    raise NotImplementedError(
+                        f"{name}: is compressed, but vLLM's class for this model passes no quant_config to it, so "
+                        "only a dense one can be served; compress again without --lm-head"
+                    )
+        return super().get_checkpoint_weight_mapper()
+
+    def _vocabulary_method(self, layer: torch.nn.Module, prefix: str, config: GqsaConfig) -> QuantizeMethodBase | None:
+        """The method of an embedding or an output head; None where it is dense."""
+        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead  # noqa: PLC0415
+
+        from vllm_gqsa.plugin.linear import GqsaVocabularyMethod  # noqa: PLC0415
+
+        embeddings = [name for name in config.modules if _last(name) == EMBEDDING]
+        # A head that is neither listed nor ignored is tied to the embedding; and Llama names no embedding.
+        borrowed = embeddings[:1] if isinstance(layer, ParallelLMHead) or not prefix else []
+        name = next((n for n in (prefix, *borrowed) if n in config.modules), None)
+        if name is None:
+            return None
+        for each in {name, prefix}:
+            if is_ignored(each, config.ignore):
+                raise ValueError(f"{each}: config.json ignores it, and lists {name}, its own matrix, as compressed")
+        _check_lora(name)
+        self._asked.add(name)
+        return GqsaVocabularyMethod(config, Sources.of(prefix or name, [name], config))
 
     # -- names ---------------------------------------------------------------------------------------------
 
@@ -162,6 +205,27 @@ class GqsaQuantizationConfig(QuantizationConfig):
                 "linear layer would have no weights"
             )
         return bool(listed)
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _check_lora(name: str) -> None:
+    """Check that no LoRA layer will be put round a compressed vocabulary: those of vLLM read its dense weight.
+
+    Raises:
+        NotImplementedError: one will.
+    """
+    from vllm.config import get_current_vllm_config  # noqa: PLC0415
+
+    lora = get_current_vllm_config().lora_config
+    targets = None if lora is None else lora.target_modules
+    if lora is not None and (targets is None or {EMBEDDING, HEAD} & set(targets)):
+        raise NotImplementedError(
+            f"{name}: is compressed, and vLLM's LoRA layers need its dense weight; name other modules with "
+            "--lora-target-modules, or compress again without --lm-head"
+        )
 
 
 def _check_dense(reader: CheckpointReader) -> None:

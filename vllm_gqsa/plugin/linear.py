@@ -1,4 +1,4 @@
-"""The linear method: builds, loads and runs one compressed linear layer of a vLLM model."""
+"""The methods that build, load and run one compressed layer of a vLLM model: a linear, or a vocabulary's table."""
 
 from typing import Any
 
@@ -12,13 +12,14 @@ from vllm.model_executor.layers.linear import (
     ReplicatedLinear,
     RowParallelLinear,
 )
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 from vllm_gqsa import kernels
 from vllm_gqsa.format import TENSORS, FormatError, GqsaConfig, GroupSparseMatrix
 from vllm_gqsa.plugin.loading import Placeholder, Staging
 from vllm_gqsa.plugin.shards import Shard, ShardId, ShardPlan, Sources, check_columns
 
-__all__ = ["GqsaLinearMethod", "plan_shards"]
+__all__ = ["GqsaLinearMethod", "GqsaVocabularyMethod", "plan_shards"]
 
 _DUMMY_SEED = 0
 
@@ -132,6 +133,44 @@ class GqsaLinearMethod(LinearMethodBase):
         return matrix.to_dense(self._params_dtype)
 
 
+class GqsaVocabularyMethod(GqsaLinearMethod):
+    """The method of an output head, and of an input embedding that is tied to one: one matrix serves both."""
+
+    def embedding(self, layer: torch.nn.Module, input_: torch.Tensor) -> torch.Tensor:
+        """Rows ``[..., K]`` of this rank's table for token ids ``[...]``, in the model's dtype."""
+        result: torch.Tensor = torch.ops.gqsa.embedding(
+            input_,
+            layer.crow_indices,
+            layer.group_mask,
+            layer.qweight,
+            layer.scale_zero,
+            self.in_features,
+            self.group_size,
+            self._params_dtype,
+        )
+        return result
+
+    def tie_weights(self, layer: torch.nn.Module, embed_tokens: torch.nn.Module) -> torch.nn.Module:
+        """The layer that the model takes as its head: the embedding itself, so that it is loaded and kept once.
+
+        Raises:
+            ValueError: the embedding is dense.
+        """
+        if not isinstance(embed_tokens.quant_method, GqsaVocabularyMethod):
+            raise ValueError(
+                f"{self.sources.names[0]}: is compressed, but config.json ties it to a dense embedding; "
+                "set tie_word_embeddings to false in config.json"
+            )
+        return embed_tokens
+
+    def _synthesize(self, plan: ShardPlan) -> GroupSparseMatrix:
+        # The head has a sparsity of its own, which only its nnz tells.
+        groups = sum(shard.rows for shard in plan.shards.values()) * (plan.in_features // self.group_size)
+        sparsity = 1 - sum(self.sources.nnz) / groups
+        generator = torch.Generator().manual_seed(_DUMMY_SEED)
+        return GroupSparseMatrix.synthesize(plan.rows, plan.columns, self.group_size, sparsity, generator)
+
+
 def plan_shards(
     layer: torch.nn.Module,
     sources: Sources,
@@ -142,7 +181,7 @@ def plan_shards(
     """What this rank keeps of the matrices on disk.
 
     Args:
-        layer: a linear layer of vLLM, of which sizes and ranks are read and nothing is kept.
+        layer: a linear layer, embedding or output head of vLLM, of which sizes and ranks are read and nothing is kept.
         sources: the matrices on disk.
         in_features: input features on this rank.
         out_features: rows on this rank, for each part of a fused layer.
@@ -159,6 +198,8 @@ def plan_shards(
     elif isinstance(layer, ColumnParallelLinear):
         rank, size = layer.tp_rank, layer.tp_size
         shards = {i: Shard(n * size, rank * n, (rank + 1) * n) for i, n in enumerate(out_features)}
+    elif isinstance(layer, VocabParallelEmbedding):
+        shards = {0: _vocabulary_shard(layer, sources.layer)}
     elif isinstance(layer, (RowParallelLinear, ReplicatedLinear)):
         shards = {i: Shard(n, 0, n) for i, n in enumerate(out_features)}
         if isinstance(layer, RowParallelLinear):
@@ -188,9 +229,20 @@ def _qkv_shards(layer: QKVParallelLinear, out_features: list[int], name: str) ->
     }
 
 
+def _vocabulary_shard(layer: VocabParallelEmbedding, name: str) -> Shard:
+    if layer.num_embeddings != layer.org_vocab_size:
+        raise NotImplementedError(
+            f"{name}: holds {layer.num_embeddings - layer.org_vocab_size} tokens more than the checkpoint, which "
+            "vllm-gqsa cannot add to a compressed vocabulary; compress again without --lm-head"
+        )
+    start, stop = layer.shard_indices.org_vocab_start_index, layer.shard_indices.org_vocab_end_index
+    return Shard(layer.org_vocab_size, start, stop, layer.num_embeddings_per_partition - (stop - start))
+
+
 def _unknown(layer: torch.nn.Module, name: str) -> NotImplementedError:
     kind = type(layer).__name__
     known = isinstance(layer, LinearBase)
     return NotImplementedError(
-        f"{name}: vllm-gqsa does not know how to load a {kind}" + ("" if known else ", which is not a linear layer")
+        f"{name}: vllm-gqsa does not know how to load a {kind}"
+        + ("" if known else ", which is no linear layer and no vocabulary")
     )

@@ -73,7 +73,7 @@ class Staging:
             part = matrix.slice_rows(offset + shard.start, offset + shard.stop)
             if plan.columns != plan.in_features:
                 part = part.slice_columns(plan.column_start, plan.column_stop)
-            self._parts[each] = part
+            self._parts[each] = part.pad_rows(shard.padding)
             offset += shard.rows
 
     def finish(self) -> GroupSparseMatrix:

@@ -41,6 +41,8 @@ class Shard:
     """First row that this rank keeps."""
     stop: int
     """One past its last row."""
+    padding: int = 0
+    """Empty rows behind them, by which the engine rounds a vocabulary up."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class ShardPlan:
     @property
     def rows(self) -> int:
         """Rows of the layer on this rank."""
-        return sum(shard.stop - shard.start for shard in self.shards.values())
+        return sum(shard.stop - shard.start + shard.padding for shard in self.shards.values())
 
     @property
     def columns(self) -> int:
