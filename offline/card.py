@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from vllm_gqsa.format import GqsaConfig
+from vllm_gqsa.format import HEAD, GqsaConfig
 from vllm_gqsa.offline.estimate import DENSE_INT4_BITS, module_bytes
 from vllm_gqsa.offline.perplexity import Perplexity
 
@@ -31,12 +31,13 @@ def make_report(
         dense_bytes: size of the dense safetensors files.
         folder: the checkpoint, its shards written.
         config: its configuration.
-        shapes: ``(out_features, in_features)`` of every compressed linear.
+        shapes: ``(out_features, in_features)`` of every compressed linear, the head among them.
         dense: perplexity of the dense model.
         compressed: perplexity of the checkpoint, on the same text.
 
     Returns:
-        A JSON object. ``bits_per_weight`` counts the compressed linears alone; ``bytes`` counts all safetensors files.
+        A JSON object. ``sparsity`` and ``bits_per_weight`` count the compressed linears alone, the head among them;
+        ``bytes`` counts all safetensors files.
     """
     weights = sum(rows * columns for rows, columns in shapes.values())
     groups = weights // config.group_size
@@ -47,6 +48,8 @@ def make_report(
         "group_size": config.group_size,
         "pattern": config.pattern,
         "modules": len(shapes),
+        "target_sparsity": config.sparsity,
+        "lm_head": None if config.head is None else _head_facts(config.head, shapes[config.head], config),
         "sparsity": 1 - sum(entry.nnz for entry in config.modules.values()) / groups,
         "bits_per_weight": 8 * stored / weights,
         "compressed_weights": weights,
@@ -57,16 +60,26 @@ def make_report(
     }
 
 
+def _head_facts(name: str, shape: tuple[int, int], config: GqsaConfig) -> dict[str, Any]:
+    """Of the head alone: the name of its matrix, share of pruned groups, bits a weight."""
+    weights, nnz = shape[0] * shape[1], config.modules[name].nnz
+    return {
+        "name": name,
+        "sparsity": 1 - nnz * config.group_size / weights,
+        "bits_per_weight": 8 * module_bytes(*shape, nnz, config.group_size) / weights,
+    }
+
+
 _CARD = """\
 ---
 library_name: vllm
 tags: [gqsa, int4, group-sparse]
 {base_model}---
 
-# {name}, GQSA W4 S{percent} G{group_size}
+# {name}, GQSA W4 S{target} G{group_size}
 
 {model} with its linear layers compressed by vllm-gqsa: {percent} % of the groups of 1 x {group_size} weights are
-pruned (pattern `{pattern}`), the others are INT4 with a scale and a zero point each. One-shot: no training.
+pruned (pattern `{pattern}`), the others are INT4 with a scale and a zero point each. {head}One-shot: no training.
 
 | | dense | this checkpoint |
 | --- | --- | --- |
@@ -113,7 +126,9 @@ def model_card(report: dict[str, Any], folder: str = "path/to/this/folder") -> s
         base_model=f"base_model: {report['model']}\n" if is_hub_name else "",
         name=name,
         model=report["model"],
+        target=round(100 * report["target_sparsity"]),
         percent=round(100 * report["sparsity"]),
+        head=_head_sentence(report["lm_head"]),
         group_size=report["group_size"],
         pattern=report["pattern"],
         modules=report["modules"],
@@ -129,6 +144,13 @@ def model_card(report: dict[str, Any], folder: str = "path/to/this/folder") -> s
         folder=folder,
         note=note,
     )
+
+
+def _head_sentence(head: dict[str, Any] | None) -> str:
+    if head is None:
+        return ""
+    what = "the output head" if head["name"] == HEAD else "the embedding, whose one matrix is also the output head,"
+    return f"Among them is {what} with {100 * head['sparsity']:.0f} % pruned. "
 
 
 def _figure(value: float) -> str:

@@ -66,6 +66,14 @@ Sparsity = Annotated[
     float | None,
     typer.Option(help="Share of groups to prune, 0 to below 1.  [default: 0.5, or that of --pattern n:m]"),
 ]
+LmHead = Annotated[
+    float | None,
+    typer.Option(
+        "--lm-head",
+        help="Compress the output head too (and the embedding, where the two are tied): the share of its groups to "
+        "prune. 0, INT4 without pruning, is the advice.  [default: leave it dense]",
+    ),
+]
 GroupSize = Annotated[int, typer.Option(help="Input features a group: 8, 16, 32, 64 or 128.")]
 Pattern = Annotated[
     str,
@@ -108,7 +116,7 @@ def _recipe(**settings: Any) -> Recipe:  # noqa: ANN401
             except ValueError as error:
                 raise InputError(str(error)) from error
             settings["sparsity"] = 1 - n / m
-    settings["ignore"] = ("lm_head", *(settings["ignore"] or ()))
+    settings["ignore"] = tuple(settings["ignore"] or ())
     try:
         return Recipe(**settings)
     except ValidationError as error:
@@ -163,6 +171,7 @@ def compress(
         str, typer.Option(help="Text: a .txt, .jsonl or .parquet file, or a datasets name (name:config).")
     ],
     sparsity: Sparsity = None,
+    lm_head: LmHead = None,
     group_size: GroupSize = 16,
     pattern: Pattern = "row",
     importance: ImportanceOption = "obs",
@@ -196,8 +205,8 @@ def compress(
     from vllm_gqsa.offline.text import TextSource
 
     recipe = _recipe(
-        sparsity=sparsity, group_size=group_size, pattern=pattern, importance=importance, compensate=compensate,
-        damping=damping, samples=samples, context=context, seed=seed, ignore=ignore,
+        sparsity=sparsity, lm_head=lm_head, group_size=group_size, pattern=pattern, importance=importance,
+        compensate=compensate, damping=damping, samples=samples, context=context, seed=seed, ignore=ignore,
     )  # fmt: skip
     job = Job(
         model=model, output=output, recipe=recipe, calibration=TextSource(calibration, split, column),
@@ -215,6 +224,7 @@ def compress(
             "safetensors files": f"{_megabytes(report['bytes'])} (dense {_megabytes(report['dense_bytes'])})",
             "bits a weight, compressed linears": f"{report['bits_per_weight']:.2f}",
             "pruned groups": f"{100 * report['sparsity']:.1f} %",
+            "output head": "dense" if report["lm_head"] is None else "compressed ({name})".format(**report["lm_head"]),
             "perplexity": f"{report['perplexity']['perplexity']:.3f} (dense "
             f"{report['dense_perplexity']['perplexity']:.3f}), {report['perplexity']['tokens']} tokens",
         },
@@ -226,6 +236,7 @@ def compress(
 def estimate(
     model: ModelArgument,
     sparsity: Sparsity = None,
+    lm_head: LmHead = None,
     group_size: GroupSize = 16,
     pattern: Pattern = "row",
     compensate: Compensate = True,
@@ -243,8 +254,8 @@ def estimate(
     from vllm_gqsa.offline.source import DenseModel
 
     recipe = _recipe(
-        sparsity=sparsity, group_size=group_size, pattern=pattern, compensate=compensate, samples=samples,
-        context=context, ignore=ignore,
+        sparsity=sparsity, lm_head=lm_head, group_size=group_size, pattern=pattern, compensate=compensate,
+        samples=samples, context=context, ignore=ignore,
     )  # fmt: skip
     dense = DenseModel(model)
     family = family_of(dense.config.model_type)
@@ -255,7 +266,7 @@ def estimate(
     _facts(
         f"compressing {model}",
         {
-            "linears": f"{costs.modules} in {costs.blocks} blocks, {costs.compressed_weights / 1e6:.1f} M weights",
+            "linears": f"{costs.modules}, {costs.blocks} blocks, {costs.compressed_weights / 1e6:.1f} M weights",
             "peak memory": f"{_megabytes(costs.peak_memory_bytes)}, beside 0.8 GB for Python, torch and mapped files",
             "disk": _megabytes(costs.disk_bytes),
             "result": f"{_megabytes(costs.output_bytes)} (dense {_megabytes(costs.dense_bytes)})",

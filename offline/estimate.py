@@ -7,9 +7,11 @@ from typing import Any
 import torch
 
 from vllm_gqsa.offline.families import Family
+from vllm_gqsa.offline.head import head_name
 from vllm_gqsa.offline.perplexity import REPORTED_WINDOWS
 from vllm_gqsa.offline.recipe import Recipe
 from vllm_gqsa.offline.source import DenseModel
+from vllm_gqsa.offline.sparsify import CHUNK
 from vllm_gqsa.offline.stream import meta_model
 
 __all__ = ["DENSE_INT4_BITS", "Estimate", "estimate", "module_bytes"]
@@ -81,7 +83,9 @@ def estimate(
     count = len(blocks)
     g = recipe.group_size
     weights = sum(rows * columns for rows, columns in shapes.values())
-    stored = sum(module_bytes(r, c, r * round(c // g * (1 - recipe.sparsity)), g) for r, c in shapes.values())
+    head = head_name(model.config, family, recipe)
+    shares = {name: recipe.sparsity if name != head else recipe.for_head().sparsity for name in shapes}
+    stored = sum(module_bytes(r, c, r * round(c // g * (1 - shares[name])), g) for name, (r, c) in shapes.items())
     replaced = sum(model.tensor_bytes(f"{name}.weight") for name in shapes)
     output = model.nbytes - replaced + stored
     gflops = _gflops(device)
@@ -93,14 +97,21 @@ def estimate(
         output_bytes=output,
         dense_bytes=model.nbytes,
         disk_bytes=output + output // count,
-        peak_memory_bytes=_peak(skeleton, blocks, family, recipe, batch),
-        seconds=_operations(recipe, family, shapes, skeleton) / (gflops * 1e9),
+        peak_memory_bytes=_peak(skeleton, blocks, family, recipe, batch, shapes.get(head or "")),
+        seconds=_operations(recipe, family, shapes, skeleton, head) / (gflops * 1e9),
         gflops=gflops,
     )
 
 
-def _peak(skeleton: Any, blocks: Any, family: Family, recipe: Recipe, batch: int) -> int:  # noqa: ANN401
-    """The larger of the two peaks: compressing a block, and the logits of the perplexity."""
+def _peak(
+    skeleton: Any,  # noqa: ANN401 - transformers chooses the class
+    blocks: Any,  # noqa: ANN401
+    family: Family,
+    recipe: Recipe,
+    batch: int,
+    head: tuple[int, int] | None,
+) -> int:
+    """The largest of the three peaks: compressing a block, the head, and the logits of the perplexity."""
     config = skeleton.config
     hidden, tokens = config.hidden_size, recipe.samples * recipe.context
     block = max(sum(p.numel() for p in b.parameters()) for b in blocks)
@@ -112,22 +123,36 @@ def _peak(skeleton: Any, blocks: Any, family: Family, recipe: Recipe, batch: int
     activations = batch * recipe.context * (4 * hidden + 3 * max(widths))
     streams = hidden * (tokens + REPORTED_WINDOWS * recipe.context)
     logits = 3 * recipe.context * config.vocab_size
-    return 4 * (outside + block + streams + max(working + activations, logits))
+    heads = 0 if head is None else _head_floats(*head, recipe.group_size)
+    return 4 * (outside + block + streams + max(working + activations, heads, logits))
 
 
-def _operations(recipe: Recipe, family: Family, shapes: dict[str, tuple[int, int]], skeleton: Any) -> float:  # noqa: ANN401
+def _head_floats(rows: int, hidden: int, group_size: int) -> int:
+    """Memory in floats for compressing a head: a chunk's copies, what a group costs before and after, Hessians."""
+    groups = rows * hidden // group_size
+    # Per group: its score, its place in the order of scores (int64), a mask; twice the packed result.
+    return 4 * min(CHUNK, rows * hidden) + 4 * groups + rows * hidden // 4 + 5 * hidden**2
+
+
+def _operations(
+    recipe: Recipe,
+    family: Family,
+    shapes: dict[str, tuple[int, int]],
+    skeleton: Any,  # noqa: ANN401 - transformers chooses the class
+    head: str | None,
+) -> float:
     """Floating point operations, weighted by how far each part stays below a large matrix product's speed."""
     tokens = recipe.samples * recipe.context
-    weights = sum(r * c for r, c in shapes.values())
+    weights = sum(r * c for name, (r, c) in shapes.items() if name != head)
     # Twice through each block to calibrate, once dense and once compressed to measure.
     forward = 2.0 * weights * (2 * tokens + 2 * REPORTED_WINDOWS * recipe.context)
-    firsts = {names[0] for names in family.linears}
+    firsts = {names[0] for names in family.linears} | ({head} if head else set())
     inputs = [c for name, (_, c) in shapes.items() if name.endswith(tuple(firsts))]
     hessians = sum(2.0 * tokens * k * k + 2.0 * k**3 for k in inputs)
     # The column-by-column update runs at memory speed, about a twentieth of a matrix product's.
     updates = sum(1.0 * r * c * c + 20 * r * c * 128 for r, c in shapes.values()) if recipe.compensate else 0
-    head = 2.0 * skeleton.config.hidden_size * skeleton.config.vocab_size * 2 * REPORTED_WINDOWS * recipe.context
-    return forward + hessians + updates + head
+    logits = 2.0 * skeleton.config.hidden_size * skeleton.config.vocab_size * 2 * REPORTED_WINDOWS * recipe.context
+    return forward + hessians + updates + logits
 
 
 def _gflops(device: str) -> float:

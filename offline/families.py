@@ -19,6 +19,8 @@ class Family:
     """The linears of a block in order of execution; those that read the same input stand together."""
     fused: tuple[tuple[str, ...], ...]
     """Linears that a serving engine joins into one: compressed all or none."""
+    embedding: str | None = None
+    """Dotted name of the input embedding; None where a serving engine takes neither it nor the head compressed."""
 
     def linear_names(self, block: int, ignore: tuple[str, ...] = ()) -> list[list[str]]:
         """Full names of the linears of one block that are compressed, grouped by their input.
@@ -44,6 +46,7 @@ _GATED = Family(
     blocks="model.layers",
     linears=(_QKV, ("self_attn.o_proj",), _GATE_UP, ("mlp.down_proj",)),
     fused=(_QKV, _GATE_UP),
+    embedding="model.embed_tokens",
 )
 
 FAMILIES: Mapping[str, Family] = {
@@ -51,6 +54,7 @@ FAMILIES: Mapping[str, Family] = {
     "mistral": _GATED,
     "qwen2": _GATED,
     "qwen3": _GATED,
+    # vLLM's OPT passes no quant_config to its embedding and its head.
     "opt": Family(
         blocks="model.decoder.layers",
         linears=(_QKV, ("self_attn.out_proj",), ("fc1",), ("fc2",)),

@@ -1,5 +1,6 @@
 """A table of what a checkpoint holds."""
 
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -73,8 +74,10 @@ class Inspection:
 def module_shapes(reader: CheckpointReader) -> dict[str, tuple[int, int]]:
     """Shapes ``(out_features, in_features)`` that the model of config.json asks for, by compressed linear.
 
+    An embedding that is tied to the head counts as that: vocabulary x hidden size.
+
     Raises:
-        FormatError: config.json lists a module that the model does not have, or that is no linear.
+        FormatError: config.json lists a module that the model does not have, or that is neither of these.
     """
     try:
         config = AutoConfig.from_pretrained(reader.folder)
@@ -83,10 +86,13 @@ def module_shapes(reader: CheckpointReader) -> dict[str, tuple[int, int]]:
     skeleton = dict(meta_model(config).named_modules())
     shapes = {}
     for name in reader.config.modules:
-        linear = skeleton.get(name)
-        if not isinstance(linear, torch.nn.Linear):
-            raise FormatError(f"{reader.folder}/config.json: modules lists {name}, which is no linear of this model")
-        shapes[name] = (linear.out_features, linear.in_features)
+        module = skeleton.get(name)
+        if not isinstance(module, (torch.nn.Linear, torch.nn.Embedding)):
+            raise FormatError(
+                f"{reader.folder}/config.json: modules lists {name}, which is no linear or embedding of this model"
+            )
+        rows, columns = module.weight.shape
+        shapes[name] = (rows, columns)
     return shapes
 
 
@@ -128,12 +134,13 @@ def inspect_checkpoint(folder: Path) -> Inspection:
 
 
 def plot(inspection: Inspection, path: Path) -> None:
-    """Draw sparsity and bits a weight of every compressed linear, one line a kind, over the blocks."""
+    """Draw sparsity and bits a weight of every block's compressed linears, one line a kind, over the blocks."""
     from matplotlib.figure import Figure  # noqa: PLC0415 - only for --plot
 
     kinds: dict[str, list[ModuleFacts]] = {}
     for module in inspection.modules:
-        kinds.setdefault(module.name.rpartition(".")[2], []).append(module)
+        if re.search(r"\.\d+\.", module.name):  # the head stands in no block
+            kinds.setdefault(module.name.rpartition(".")[2], []).append(module)
     figure = Figure(figsize=(9, 6), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True)
     for kind, members in kinds.items():

@@ -15,13 +15,14 @@ from vllm_gqsa.offline.card import REPORT_FILE, make_report, model_card
 from vllm_gqsa.offline.errors import InputError
 from vllm_gqsa.offline.families import Family, family_of
 from vllm_gqsa.offline.files import digest_files, digest_tensor, open_run, write_atomically, write_json
+from vllm_gqsa.offline.head import compress_head, find_head, head_name
 from vllm_gqsa.offline.perplexity import REPORTED_WINDOWS, Perplexity, streamed_perplexity
 from vllm_gqsa.offline.recipe import Recipe
 from vllm_gqsa.offline.source import DenseModel
 from vllm_gqsa.offline.stages import STAGES, BlockContext, Matrices
 from vllm_gqsa.offline.stream import ModelStream, TensorSource, meta_model
 from vllm_gqsa.offline.text import TextSource, check_context, choose_windows, token_windows
-from vllm_gqsa.offline.writer import CompressedSource, install, shard_paths, write_block, write_rest
+from vllm_gqsa.offline.writer import CompressedSource, install, shard_paths, write_block, write_head, write_rest
 
 __all__ = ["Job", "check_layers", "compress"]
 
@@ -75,39 +76,48 @@ class Job:
         if not self.recipe.compensate:
             parts.append("--no-compensate")
         for entry in self.recipe.ignore:
-            if entry != "lm_head":
-                parts += ["--ignore", entry]
+            parts += ["--ignore", entry]
         return shlex.join(parts)
 
 
-_RECIPE_OPTIONS = ("sparsity", "group_size", "pattern", "importance", "damping", "samples", "context", "seed")
+_RECIPE_OPTIONS = (
+    "sparsity", "lm_head", "group_size", "pattern", "importance", "damping", "samples", "context", "seed",
+)  # fmt: skip
 
 
 def check_layers(model: DenseModel, family: Family, recipe: Recipe) -> dict[str, tuple[int, int]]:
-    """Shapes ``(out_features, in_features)`` of all linears to compress, after checking that the recipe fits them.
+    """Shapes ``(out_features, in_features)`` of all linears to compress, the head last, if the recipe fits them.
 
     Raises:
-        InputError: a linear is missing from the files, or the group size or pattern does not fit its shape.
+        InputError: a linear is missing from the files, or the group size or pattern does not fit its shape; or the
+            head cannot be compressed, see :func:`vllm_gqsa.offline.head.find_head`.
     """
     skeleton = meta_model(model.config)
+    head = find_head(model, family, recipe)
+    names = [
+        name
+        for index in range(len(skeleton.get_submodule(family.blocks)))
+        for group in family.linear_names(index, recipe.ignore)
+        for name in group
+    ]
     shapes: dict[str, tuple[int, int]] = {}
-    for index in range(len(skeleton.get_submodule(family.blocks))):
-        for name in (n for group in family.linear_names(index, recipe.ignore) for n in group):
-            rows, columns = skeleton.get_submodule(name).weight.shape
-            if f"{name}.weight" not in model:
-                raise InputError(f"{model.folder}: {name}.weight is missing")
-            if columns % recipe.group_size:
-                raise InputError(
-                    f"{name}: group_size {recipe.group_size} does not divide its {columns} input features; "
-                    "choose another --group-size or --ignore it"
-                )
-            groups = columns // recipe.group_size
-            if ":" in recipe.pattern and groups % int(recipe.pattern.split(":")[1]):
-                raise InputError(
-                    f"{name}: pattern {recipe.pattern} does not divide its {groups} groups a row; "
-                    "choose another --pattern or --ignore it"
-                )
-            shapes[name] = (rows, columns)
+    for name in names if head is None else [*names, head]:
+        rows, columns = skeleton.get_submodule(name).weight.shape
+        pattern, instead = (recipe.pattern, "--ignore it") if name != head else ("row", "leave out --lm-head")
+        if f"{name}.weight" not in model:
+            raise InputError(f"{model.folder}: {name}.weight is missing")
+        if columns % recipe.group_size:
+            raise InputError(
+                f"{name}: group_size {recipe.group_size} does not divide its {columns} input features; "
+                f"choose another --group-size or {instead}"
+            )
+        groups = columns // recipe.group_size
+        if ":" in pattern and groups % int(pattern.split(":")[1]):
+            raise InputError(
+                f"{name}: pattern {pattern} does not divide its {groups} groups a row; "
+                f"choose another --pattern or {instead}"
+            )
+        shapes[name] = (rows, columns)
     if not shapes:
         raise InputError("every linear is ignored, nothing is left to compress")
     return shapes
@@ -142,8 +152,8 @@ def compress(job: Job, progress: Progress) -> dict[str, Any]:
         if (job.output / "config.json").exists():
             CheckpointReader(job.output)  # raises where a file has been lost since
             return read_json(job.output / REPORT_FILE)
-        _write_blocks(job, model, family, calibration, progress)
-        config = write_rest(job.output, job.recipe, model, family, shapes)
+        shards = _write_compressed(job, model, family, calibration, progress)
+        config = write_rest(shards, job.recipe, model, family, shapes)
         compressed = CompressedSource(job.output, shapes, config)
         dense = _measure(job, model, model, evaluation, text, progress)
         ours = _measure(job, model, compressed, evaluation, text, progress)
@@ -177,24 +187,31 @@ def _windows(job: Job, model: DenseModel) -> tuple[torch.Tensor, torch.Tensor, s
     return chosen, windows[-held:], f"{job.calibration.name} (held-out end)"
 
 
-def _write_blocks(job: Job, model: DenseModel, family: Family, calibration: torch.Tensor, progress: Progress) -> None:
-    """Make the shard of every block that has none, feeding each block what the compressed model feeds it."""
+def _write_compressed(
+    job: Job, model: DenseModel, family: Family, calibration: torch.Tensor, progress: Progress
+) -> list[Path]:
+    """Make the shard of every block, and of the head, that has none; returns the files of the checkpoint.
+
+    Each block, and the head, is fed what the compressed model feeds it. The embedding is the dense one, also where
+    it is tied to the head, which comes last.
+    """
     device = torch.device(job.device)
     blocks = len(meta_model(model.config).get_submodule(family.blocks))
-    shards = shard_paths(job.output, blocks)
+    head = head_name(model.config, family, job.recipe)
+    shards = shard_paths(job.output, blocks, head=head is not None)
     if all(shard.exists() for shard in shards[:-1]):
-        return
+        return shards
     stream = ModelStream(model, model.config, family, device)
     hidden = stream.embed(calibration, job.batch)
     linears = [family.linear_names(i, job.recipe.ignore) for i in range(blocks)]
-    done, total = 0, sum(len(group) for groups in linears for group in groups)
+    done, total = 0, sum(len(group) for groups in linears for group in groups) + (head is not None)
 
     def step() -> None:
         nonlocal done
         done += 1
         progress("compressing", done, total)
 
-    for index, shard in enumerate(shards[:-1]):
+    for index, shard in enumerate(shards[:blocks]):
         block = stream.block(index)
         prefix = f"{family.blocks}.{index}."
         if not shard.exists():
@@ -206,10 +223,16 @@ def _write_blocks(job: Job, model: DenseModel, family: Family, calibration: torc
         else:
             done += sum(len(group) for group in linears[index]) - 1
             step()
-        if index + 1 < blocks:
+        if index + 1 < blocks or head is not None:
             # Always from the file, so that a run that is continued feeds the next block the same numbers.
             install(block, prefix, shard, [n for group in linears[index] for n in group], job.recipe.group_size)
             block.advance(hidden, job.batch, device)
+    if head is not None:
+        inputs = stream.head_inputs(calibration, hidden, job.batch)
+        matrix = compress_head(head, model.tensor(f"{head}.weight"), inputs, job.recipe, device)
+        write_head(shards[blocks], head, matrix)
+        step()
+    return shards
 
 
 def _measure(

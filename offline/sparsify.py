@@ -9,34 +9,54 @@ from vllm_gqsa.offline.importance import InverseHessian, group_importance
 from vllm_gqsa.offline.mask import choose_groups
 from vllm_gqsa.offline.recipe import Recipe
 
-__all__ = ["compensated", "sparsify"]
+__all__ = ["CHUNK", "compensated", "sparsify"]
 
 _ROWS = 512
 """Rows a thread takes at a time; fixed, so that the result does not depend on the number of threads."""
 _SPAN = 128
 """Columns between two updates of all later columns (a multiple of every group size)."""
+CHUNK = 1 << 24
+"""Weights worked on at a time: an output head has a hundred thousand rows, which do not depend on each other."""
 
 
 def sparsify(weight: torch.Tensor, inverse: InverseHessian, recipe: Recipe) -> GroupSparseMatrix:
     """Choose the groups to keep and quantise them.
 
     Args:
-        weight: floating point ``[N, K]``.
-        inverse: of the linear's input, ``K`` wide.
+        weight: floating point ``[N, K]``, on any device.
+        inverse: of the linear's input, ``K`` wide, on the device that computes.
         recipe: sparsity, pattern, importance, group size, compensation.
+
+    Returns:
+        The matrix, on the CPU.
 
     Raises:
         ValueError: the weight is not finite, or pattern or group size do not fit its shape.
     """
-    weight = weight.float().clone()
+    chunks = weight.split(max(1, CHUNK // weight.shape[1]))
+    scores = torch.cat([_scores(chunk, inverse, recipe) for chunk in chunks])
+    keep = choose_groups(scores, recipe.sparsity, recipe.pattern)
+    parts = zip(chunks, keep.split(chunks[0].shape[0]), strict=True)
+    return GroupSparseMatrix.concat([_quantised(chunk, kept, inverse, recipe).to("cpu") for chunk, kept in parts])
+
+
+def _alive(weight: torch.Tensor, inverse: InverseHessian) -> torch.Tensor:
+    """A float32 copy on the device of the Hessian, without the weights of dead inputs."""
+    weight = weight.to(inverse.upper.device, torch.float32, copy=True)
+    weight[:, inverse.dead] = 0
+    return weight
+
+
+def _scores(weight: torch.Tensor, inverse: InverseHessian, recipe: Recipe) -> torch.Tensor:
     if not torch.isfinite(weight).all():
         raise ValueError("the weight holds infinite or NaN values")
-    weight[:, inverse.dead] = 0
-    scores = group_importance(weight, inverse, recipe.group_size, recipe.importance)
-    keep = choose_groups(scores, recipe.sparsity, recipe.pattern)
+    return group_importance(_alive(weight, inverse), inverse, recipe.group_size, recipe.importance)
+
+
+def _quantised(weight: torch.Tensor, keep: torch.Tensor, inverse: InverseHessian, recipe: Recipe) -> GroupSparseMatrix:
     if not recipe.compensate:
-        return GroupSparseMatrix.from_dense(weight, keep, recipe.group_size)
-    return compensated(weight, keep, inverse.upper, recipe.group_size)
+        return GroupSparseMatrix.from_dense(_alive(weight, inverse), keep, recipe.group_size)
+    return compensated(_alive(weight, inverse), keep, inverse.upper, recipe.group_size)
 
 
 def compensated(weight: torch.Tensor, keep: torch.Tensor, upper: torch.Tensor, group_size: int) -> GroupSparseMatrix:

@@ -73,7 +73,7 @@ def one_shot(context: BlockContext, _matrices: Matrices) -> Matrices:
             inverse = InverseHessian.of(sums.pop(name).hessian(), context.recipe.damping)
             for name in group:
                 weight = context.block.module.get_submodule(context.local[name]).weight
-                matrices[name] = sparsify(weight, inverse, context.recipe).to("cpu")  # type: ignore[arg-type]
+                matrices[name] = sparsify(weight, inverse, context.recipe)  # type: ignore[arg-type]
                 context.step()
         except ValueError as error:
             raise InputError(f"{name}: {error}") from error

@@ -151,6 +151,23 @@ class ModelStream:
         return BlockRunner(module, self._recorders[index].kwargs)
 
     @torch.no_grad()
+    def head_inputs(self, tokens: torch.Tensor, hidden: torch.Tensor, batch: int) -> Iterator[torch.Tensor]:
+        """What the output head gets: the last block's output after the final norm.
+
+        Args:
+            tokens: ``[windows, context]``.
+            hidden: ``[windows, context, hidden_size]``, output of the last block.
+            batch: windows at a time.
+
+        Yields:
+            ``[batch, context, hidden_size]``.
+        """
+        for part, states in zip(tokens.split(batch), hidden.split(batch), strict=True):
+            self._recorders[-1].replacement = states.to(self.device)
+            yield self._model.base_model(part.to(self.device), use_cache=False).last_hidden_state
+        self._recorders[-1].replacement = None
+
+    @torch.no_grad()
     def losses(self, tokens: torch.Tensor, hidden: torch.Tensor) -> Iterator[torch.Tensor]:
         """Next-token losses of each window from the last block's output.
 

@@ -1,4 +1,4 @@
-"""The files of a checkpoint: one shard a block, one for everything else, the index, the tokenizer."""
+"""The files of a checkpoint: one shard a block, one for a compressed head, one for all else, index, tokenizer."""
 
 import struct
 from pathlib import Path
@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from vllm_gqsa.format import TENSORS, CheckpointReader, GqsaConfig, GroupSparseMatrix, ModuleEntry
+from vllm_gqsa.format import HEAD, TENSORS, CheckpointReader, GqsaConfig, GroupSparseMatrix, ModuleEntry
 from vllm_gqsa.offline.families import Family
 from vllm_gqsa.offline.files import write_json, write_tensors
 from vllm_gqsa.offline.recipe import Recipe
@@ -16,12 +16,13 @@ from vllm_gqsa.offline.source import DenseModel
 from vllm_gqsa.offline.stages import Matrices
 from vllm_gqsa.offline.stream import BlockRunner, meta_model
 
-__all__ = ["CompressedSource", "install", "shard_paths", "write_block", "write_rest"]
+__all__ = ["CompressedSource", "install", "shard_paths", "write_block", "write_head", "write_rest"]
 
 
-def shard_paths(output: Path, blocks: int) -> list[Path]:
-    """The files of the checkpoint: one a block, then one for everything else."""
-    return [output / f"model-{i + 1:05d}-of-{blocks + 1:05d}.safetensors" for i in range(blocks + 1)]
+def shard_paths(output: Path, blocks: int, *, head: bool) -> list[Path]:
+    """The files of the checkpoint: one a block, one for the head where it is compressed, one for everything else."""
+    count = blocks + head + 1
+    return [output / f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
 
 
 def write_block(shard: Path, model: DenseModel, block: BlockRunner, prefix: str, matrices: Matrices) -> None:
@@ -44,6 +45,11 @@ def write_block(shard: Path, model: DenseModel, block: BlockRunner, prefix: str,
     write_tensors(shard, tensors)
 
 
+def write_head(shard: Path, name: str, matrix: GroupSparseMatrix) -> None:
+    """Write the shard of a compressed head; ``name`` is its own, or that of the embedding that it is tied to."""
+    write_tensors(shard, {f"{name}.{suffix}": tensor for suffix, tensor in matrix.tensors().items()})
+
+
 def install(block: BlockRunner, prefix: str, shard: Path, names: list[str], group_size: int) -> None:
     """Replace the weights of a dense block by what its shard holds."""
     tensors = load_file(shard)
@@ -56,20 +62,23 @@ def install(block: BlockRunner, prefix: str, shard: Path, names: list[str], grou
 
 
 def write_rest(
-    output: Path, recipe: Recipe, model: DenseModel, family: Family, shapes: dict[str, tuple[int, int]]
+    shards: list[Path], recipe: Recipe, model: DenseModel, family: Family, shapes: dict[str, tuple[int, int]]
 ) -> GqsaConfig:
     """Write all but the blocks' shards and config.json, and return the configuration that goes into the latter.
 
     Args:
-        output: folder of the checkpoint, with the shards of all blocks.
+        shards: the files of the checkpoint, all but the last written.
         recipe: the settings.
         model: the dense model.
         family: its description.
         shapes: the compressed linears.
     """
-    skeleton = meta_model(model.config)
-    shards = shard_paths(output, len(skeleton.get_submodule(family.blocks)))
-    outside = [n for n in skeleton.state_dict() if not n.startswith(family.blocks + ".") and n in model]
+    output = shards[0].parent
+    compressed = {f"{name}.weight" for name in shapes}
+    if family.embedding in shapes:
+        compressed.add(f"{HEAD}.weight")  # tied, and yet some files hold a copy
+    names = (n for n in meta_model(model.config).state_dict() if not n.startswith(family.blocks + "."))
+    outside = [name for name in names if name in model and name not in compressed]
     write_tensors(shards[-1], {name: model.tensor(name) for name in outside})
     weight_map: dict[str, str] = {}
     kept: dict[str, int] = {}
@@ -93,7 +102,7 @@ def write_rest(
         group_size=recipe.group_size,
         sparsity=recipe.sparsity,
         pattern=recipe.pattern,
-        ignore=recipe.ignore,
+        ignore=recipe.left_dense,
         modules={name: ModuleEntry(nnz=kept[name]) for name in shapes},
     )
 

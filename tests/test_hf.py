@@ -1,3 +1,4 @@
+import copy
 import json
 import shutil
 
@@ -26,7 +27,7 @@ def llama(tmp_path_factory):
 
 
 @pytest.fixture
-def copy(llama, tmp_path):
+def spoiled(llama, tmp_path):
     return shutil.copytree(llama.checkpoint, tmp_path / "copy")
 
 
@@ -44,6 +45,47 @@ def test_logits_equal_the_twin_exactly(family, tied, tmp_path):
         assert torch.equal(model(tokens).logits, load(pair.twin)(tokens).logits)
     compressed = {name for name, module in model.named_modules() if isinstance(module, gqsa_hf.GqsaLinear)}
     assert compressed == set(pair.matrices)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", FAMILIES[:4])
+def test_a_compressed_head_equals_the_twin_exactly(family, tied, tmp_path):
+    dense = make_dense(tmp_path / "dense", family, tie_word_embeddings=tied, hidden_size=144)
+    pair = compress_randomly(dense, tmp_path, head=True)
+    tokens = torch.randint(3, VOCABULARY, (2, 17), generator=torch.Generator().manual_seed(1))
+    model, loading = load(pair.checkpoint, output_loading_info=True)
+    assert not any(loading.values())
+    with torch.no_grad():
+        expected = load(pair.twin)(tokens).logits
+        assert torch.equal(model(tokens).logits, expected)
+        model.tie_weights()
+        assert torch.equal(model(tokens).logits, expected)
+        assert torch.equal(copy.deepcopy(model)(tokens).logits, expected)
+    kinds = (gqsa_hf.GqsaTiedHead, gqsa_hf.GqsaEmbedding) if tied else (gqsa_hf.GqsaLinear, torch.nn.Embedding)
+    assert (type(model.lm_head), type(model.model.embed_tokens)) == kinds
+    # The dense table is neither in the file nor in memory.
+    large = {n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.nbytes >= VOCABULARY * 144}
+    assert large == (set() if tied else {"model.embed_tokens.weight"})
+    model.save_pretrained(tmp_path / "again")
+    with torch.no_grad():
+        assert torch.equal(load(tmp_path / "again")(tokens).logits, expected)
+
+
+def test_a_compressed_embedding_gives_the_dtype_of_the_model(tmp_path):
+    pair = compress_randomly(make_dense(tmp_path / "dense", tie_word_embeddings=True), tmp_path, head=True)
+    tokens = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        loaded = [load(each, dtype=torch.bfloat16)(tokens).logits for each in (pair.checkpoint, pair.twin)]
+        cast = [load(each).to(torch.bfloat16)(tokens).logits for each in (pair.checkpoint, pair.twin)]
+    assert torch.equal(*loaded)
+    assert torch.equal(*cast)
+
+
+def test_a_head_that_is_compressed_and_tied_to_a_dense_embedding(tmp_path):
+    pair = compress_randomly(make_dense(tmp_path / "dense"), tmp_path, head=True)
+    edit_json(pair.checkpoint / "config.json", tie_word_embeddings=True)
+    with pytest.raises(FormatError, match=r"lists lm_head, and ties it to model.embed_tokens.weight; set tie_word"):
+        load(pair.checkpoint)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -143,7 +185,7 @@ def _tensor(folder, name):
         (drop_dense, "lm_head.weight is missing"),
     ],
 )
-def test_bad_checkpoints_end_in_one_sentence(copy, spoil, message):
-    spoil(copy)
+def test_bad_checkpoints_end_in_one_sentence(spoiled, spoil, message):
+    spoil(spoiled)
     with pytest.raises(FormatError, match=message):
-        load(copy)
+        load(spoiled)

@@ -98,6 +98,8 @@ class GqsaLinear(_GqsaModule):
 class GqsaEmbedding(_GqsaModule):
     """An input embedding with a group-sparse INT4 table; :class:`GqsaTiedHead` multiplies by the same table."""
 
+    _like: torch.Tensor
+
     def __init__(self, num_embeddings: int, embedding_dim: int, nnz: int, group_size: int, dtype: torch.dtype) -> None:
         """Make room for ``nnz`` groups on the default device; the values come from a checkpoint.
 

@@ -80,6 +80,16 @@ def test_slices_and_concatenation_equal_those_of_the_dense_weight(made, data):
         assert torch.equal(part.to_dense(), expected)
 
 
+@given(matrices(), st.integers(0, 5))
+@settings(max_examples=30, deadline=None)
+def test_padding_adds_empty_rows(made, count):
+    matrix, _, _ = made
+    padded = matrix.pad_rows(count)
+    padded.validate("padded", (matrix.out_features + count, matrix.in_features))
+    expected = torch.nn.functional.pad(matrix.to_dense(), (0, 0, 0, count))
+    assert torch.equal(padded.to_dense(), expected)
+
+
 def test_a_slice_does_not_keep_the_whole_matrix_alive():
     matrix = GroupSparseMatrix.synthesize(64, 256)
     part = matrix.slice_rows(0, 2)

@@ -14,6 +14,13 @@ def test_the_documented_example_is_read_and_written_back():
     assert GqsaConfig.parse(GOOD, "config.json").to_json() == GOOD
 
 
+def test_the_head_is_found_by_its_name_or_that_of_its_tied_embedding():
+    modules = {"model.layers.0.self_attn.q_proj": {"nnz": 1}}
+    for name in (None, "lm_head", "model.embed_tokens"):
+        listed = modules if name is None else {**modules, name: {"nnz": 2}}
+        assert GqsaConfig.parse({**GOOD, "ignore": [], "modules": listed}, "config.json").head == name
+
+
 @pytest.mark.parametrize(("key", "value", "says"), [
     ("format_version", 2, "format_version 2 is unknown"),
     ("format_version", None, "format_version None is unknown"),

@@ -63,7 +63,7 @@ def test_all_settings_reach_the_card(dense, text, tmp_path, monkeypatch, capsys)
     settings = [
         "--sparsity", "0.25", "--group-size", "8", "--pattern", "matrix", "--importance", "wanda", "--damping", "0.05",
         "--samples", "5", "--context", "40", "--seed", "3", "--eval-windows", "2", "--batch", "3", "--no-compensate",
-        "--ignore", "re:.*down_proj",
+        "--ignore", "re:.*down_proj", "--lm-head", "0.125",
     ]  # fmt: skip
     code, out, _ = run(
         monkeypatch, capsys, "compress", dense("llama"), tmp_path / "out", "--calibration", text, *settings, "--json"
@@ -169,6 +169,18 @@ def test_estimate_is_right_about_sizes(checkpoint, dense, monkeypatch, capsys):
     assert costs["seconds"] > 0
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_estimate_is_right_about_a_compressed_head(dense, family, text, tmp_path, monkeypatch, capsys):
+    recipe = [*SMALL[:4], "--lm-head", "0", "--json"]
+    _, costs, _ = run(monkeypatch, capsys, "estimate", dense(family), *recipe)
+    arguments = [dense(family), tmp_path / "out", "--calibration", text, "--eval-windows", 2, *recipe]
+    _, report, _ = run(monkeypatch, capsys, "compress", *arguments)
+    costs, report = json.loads(costs), json.loads(report)
+    assert costs["bits_per_weight"] == pytest.approx(report["bits_per_weight"])
+    assert costs["output_bytes"] == pytest.approx(report["bytes"], abs=30_000)
+    assert costs["modules"] == report["modules"] == 22
+
+
 def test_estimate_counts_the_bytes_that_are_stored(dense, tmp_path, monkeypatch, capsys):
     """config.json may say another dtype than the files hold."""
     for path in dense("llama").iterdir():
@@ -195,6 +207,8 @@ def test_estimate_counts_the_bytes_that_are_stored(dense, tmp_path, monkeypatch,
     (("compress", "{dense}", "{tmp}/o", "--calibration", "{text}", "--context", "500"),
      "--context 500 is longer than the 128 positions of the model"),
     (("eval", "{dense}", "--text", "{text}"), "--context 2048 is longer than the 128 positions"),
+    (("estimate", "{dense}", "--lm-head", "1"), "--lm-head: Input should be less than 1"),
+    (("estimate", "{dense}", "--lm-head", "0", "--ignore", "lm_head"), "ignore takes lm_head, which is to be"),
     (("estimate", "{dense}", "--ignore", "re:("), "ignore 're:(' is not a regular expression"),
     (("inspect", "{tmp}/[/x]"), "[/x]/config.json: no such file"),
     (("inspect", "{dense}"), "this is not a GQSA checkpoint"),

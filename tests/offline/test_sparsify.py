@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from vllm_gqsa.format import GroupSparseMatrix, quantize_groups
+from vllm_gqsa.offline import sparsify as module
 from vllm_gqsa.offline.importance import HessianSum, InverseHessian, group_importance
 from vllm_gqsa.offline.mask import choose_groups
 from vllm_gqsa.offline.recipe import Recipe
@@ -137,6 +138,17 @@ def test_compensation_is_gptq_as_written_in_its_paper(inverse, weight):
     same = (matrix.to_dense()[row].double() - expected).abs() < 1e-6
     # Ties of rounding may fall differently in float32; nearly all weights must agree.
     assert same.float().mean() > 0.97
+
+
+@pytest.mark.parametrize("changes", [{}, {"pattern": "matrix"}, {"compensate": False}, {"importance": "block-obs"}])
+def test_a_large_weight_is_compressed_in_parts_as_it_is_whole(inverse, weight, monkeypatch, changes):
+    recipe = Recipe(sparsity=0.25, **changes)
+    whole = sparsify(weight, inverse, recipe)
+    monkeypatch.setattr(module, "CHUNK", 10 * COLUMNS)
+    parts = sparsify(weight, inverse, recipe)
+    parts.validate("parts", (ROWS, COLUMNS))
+    assert torch.equal(parts.keep(), whole.keep())
+    torch.testing.assert_close(parts.to_dense(), whole.to_dense(), rtol=1e-3, atol=1e-3)
 
 
 def test_a_weight_that_is_not_finite_is_refused(inverse, weight):

@@ -26,6 +26,25 @@ def test_losses_equal_those_of_transformers(dense, family):
     assert torch.allclose(torch.stack(list(stream.losses(tokens, hidden))), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", [family for family, described in FAMILIES.items() if described.embedding])
+def test_the_inputs_of_the_head_are_those_of_transformers(dense, family):
+    tokens = torch.randint(2, 300, (5, 40), generator=torch.Generator().manual_seed(0))
+    model = AutoModelForCausalLM.from_pretrained(dense(family)).eval()
+    seen = []
+    model.lm_head.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
+    with torch.no_grad():
+        model(tokens)
+
+    source = DenseModel(str(dense(family)))
+    stream = ModelStream(source, source.config, family_of(family), torch.device("cpu"))
+    hidden = stream.embed(tokens, 2)
+    for index in range(len(stream)):
+        stream.block(index).advance(hidden, 2, torch.device("cpu"))
+    parts = list(stream.head_inputs(tokens, hidden, 2))
+    assert [len(part) for part in parts] == [2, 2, 1]
+    torch.testing.assert_close(torch.cat(parts), *seen)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_description_of_a_family_names_every_linear_of_its_blocks(dense, family):
     model = AutoModelForCausalLM.from_pretrained(dense(family))

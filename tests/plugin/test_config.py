@@ -1,20 +1,21 @@
 """Which layers are compressed, and what is said where a configuration fits no layer."""
 
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 pytest.importorskip("vllm", reason="needs vLLM")
 
-from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.model_executor.layers import linear as vllm_linear
+from vllm.config import LoRAConfig, VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers import linear as vllm_linear, vocab_parallel_embedding as vllm_vocabulary
 from vllm.model_executor.models.utils import WeightsMapper
 
 from tests.helpers import compress_randomly, edit_tensors, make_dense, quantization
 from vllm_gqsa.format import FormatError
 from vllm_gqsa.plugin.config import GqsaQuantizationConfig
-from vllm_gqsa.plugin.linear import GqsaLinearMethod
+from vllm_gqsa.plugin.linear import GqsaLinearMethod, GqsaVocabularyMethod
 
 Q, K, V = (f"model.layers.0.self_attn.{each}_proj" for each in "qkv")
 FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
@@ -67,9 +68,74 @@ def test_layers_that_fit_nothing(modules, ignore, message):
         make(modules, ignore).get_quant_method(Linear(), "model.layers.0.self_attn.qkv_proj")
 
 
-def test_compressed_output_head_is_refused():
-    with pytest.raises(NotImplementedError, match="lm_head: is compressed, .*linear layers only, not Embedding"):
-        make(("lm_head",)).get_quant_method(torch.nn.Embedding(2, 2), "lm_head")
+def test_compressed_layers_of_another_kind_are_refused():
+    with pytest.raises(NotImplementedError, match="gate: is compressed, .*output heads only, not Embedding"):
+        make(("gate",)).get_quant_method(torch.nn.Embedding(2, 2), "gate")
+
+
+TABLE = "model.embed_tokens"
+
+
+class Embedding(vllm_vocabulary.VocabParallelEmbedding):
+    """An embedding that asks for no method."""
+
+    def __init__(self):
+        torch.nn.Module.__init__(self)
+
+
+class Head(Embedding, vllm_vocabulary.ParallelLMHead):
+    """An output head that asks for no method."""
+
+
+@pytest.mark.parametrize(
+    ("modules", "ignore", "head", "embedding", "unnamed"),
+    [
+        ((), ("lm_head",), None, None, None),
+        (("lm_head",), (), "lm_head", None, None),
+        ((TABLE,), (), TABLE, TABLE, TABLE),  # tied
+        (("lm_head", TABLE), (), "lm_head", TABLE, TABLE),
+    ],
+)
+def test_where_the_vocabulary_comes_from(modules, ignore, head, embedding, unnamed):
+    config = make((*modules, Q), ignore)
+    expected = {(Head, "lm_head"): head, (Embedding, TABLE): embedding, (Embedding, ""): unnamed}
+    for (kind, prefix), name in expected.items():
+        method = config.get_quant_method(kind(), prefix)
+        assert isinstance(method, GqsaVocabularyMethod) == (name is not None)
+        assert method is None or method.sources.names == (name,)
+
+
+@pytest.mark.parametrize("ignored", ["lm_head", TABLE])
+def test_a_vocabulary_that_is_compressed_and_ignored(ignored):
+    with pytest.raises(ValueError, match=f"{ignored}: config.json ignores it, and lists {TABLE}"):
+        make((TABLE,), (ignored,)).get_quant_method(Head(), "lm_head")
+
+
+@pytest.mark.parametrize(("targets", "refused"), [(None, True), (["lm_head", "q_proj"], True), (["q_proj"], False)])
+def test_lora_on_a_compressed_head(targets, refused):
+    config = VllmConfig()
+    config.lora_config = LoRAConfig(target_modules=targets)
+    with set_current_vllm_config(config):
+        if not refused:
+            assert make((TABLE,), ()).get_quant_method(Head(), "lm_head") is not None
+            return
+        with pytest.raises(NotImplementedError, match=f"{TABLE}: is compressed, and vLLM's LoRA layers need its dense"):
+            make((TABLE,), ()).get_quant_method(Head(), "lm_head")
+        assert make().get_quant_method(Head(), "lm_head") is None
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_model_class_that_never_asks(monkeypatch, ranks):
+    monkeypatch.setattr("vllm.distributed.get_pp_group", lambda: SimpleNamespace(world_size=ranks))
+    make().get_checkpoint_weight_mapper()
+    asked = make(("lm_head",), ())
+    asked.get_quant_method(Head(), "lm_head")
+    asked.get_checkpoint_weight_mapper()
+    if ranks > 1:  # another rank may have asked
+        make(("lm_head",), ()).get_checkpoint_weight_mapper()
+        return
+    with pytest.raises(NotImplementedError, match="lm_head: is compressed, but vLLM's class .* no quant_config"):
+        make(("lm_head",), ()).get_checkpoint_weight_mapper()
 
 
 def test_mixture_of_experts_is_refused():

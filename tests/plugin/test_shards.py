@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("vllm", reason="needs vLLM")
 
 from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.model_executor.layers import linear as vllm_linear
+from vllm.model_executor.layers import linear as vllm_linear, vocab_parallel_embedding as vllm_vocabulary
 
 from tests.helpers import quantization, random_matrix
 from vllm_gqsa.format import TENSORS, FormatError, GqsaConfig, GroupSparseMatrix
@@ -16,6 +16,8 @@ from vllm_gqsa.kernels import restore
 from vllm_gqsa.plugin.config import GqsaQuantizationConfig
 
 HEAD, HEADS, KV_HEADS, K, WIDE = 16, 8, 2, 128, 256
+VOCABULARY = 300
+"""Padded to 320 by vLLM: on four ranks the last holds 60 tokens and 20 empty rows."""
 RANKS = [(rank, size) for size in (1, 2, 4) for rank in range(size)]
 
 MATRICES = {
@@ -25,6 +27,8 @@ MATRICES = {
     "m.gate_proj": random_matrix(WIDE, K, density=0.35, seed=4),
     "m.up_proj": random_matrix(WIDE, K, density=0.65, seed=5),
     "m.down_proj": random_matrix(K, WIDE, density=0.5, seed=6),
+    "m.embed_tokens": random_matrix(VOCABULARY, K, density=0.9, seed=7),
+    "lm_head": random_matrix(VOCABULARY, K, density=0.8, seed=8),
 }
 DENSE = {name: matrix.to_dense() for name, matrix in MATRICES.items()}
 FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
@@ -44,13 +48,14 @@ def tp(request, monkeypatch):
 
 
 def pretend(monkeypatch, rank, size):
-    monkeypatch.setattr(vllm_linear, "get_tensor_model_parallel_rank", lambda: rank)
-    monkeypatch.setattr(vllm_linear, "get_tensor_model_parallel_world_size", lambda: size)
+    for module in (vllm_linear, vllm_vocabulary):
+        monkeypatch.setattr(module, "get_tensor_model_parallel_rank", lambda: rank)
+        monkeypatch.setattr(module, "get_tensor_model_parallel_world_size", lambda: size)
 
 
 def config_for(matrices, **changes):
     nnz = {name: matrix.nnz for name, matrix in matrices.items()}
-    raw = quantization(nnz, **{"pattern": "matrix", **changes})
+    raw = quantization(nnz, **{"pattern": "matrix", "ignore": [], **changes})
     config = GqsaQuantizationConfig(GqsaConfig.parse(raw, "test"))
     config.packed_modules_mapping = FUSED
     return config
@@ -163,6 +168,113 @@ def test_tensor_parallelism_switched_off(tp, kind):
     layer = make(columns, rows, bias=False, quant_config=config_for(MATRICES), prefix=name, disable_tp=True)
     load(layer, [(None, MATRICES[name])])
     assert torch.equal(finished(layer), DENSE[name])
+
+
+# -- embedding and output head -------------------------------------------------------------------------------
+
+
+def head(config, vocabulary=VOCABULARY, **changes):
+    return vllm_vocabulary.ParallelLMHead(vocabulary, K, quant_config=config, prefix="lm_head", **changes)
+
+
+def tied(config, prefix="m.embed_tokens"):
+    """The head of a tied model, made as vLLM's model classes make it."""
+    embedding = vllm_vocabulary.VocabParallelEmbedding(VOCABULARY, K, quant_config=config, prefix=prefix)
+    return head(config).tie_weights(embedding), embedding
+
+
+def vocabulary_rows(name, rank, size):
+    """What vLLM itself keeps of a dense table on a rank, padding included."""
+    dense = vllm_vocabulary.ParallelLMHead(VOCABULARY, K, params_dtype=torch.float32)
+    dense.weight.weight_loader(dense.weight, DENSE[name])
+    assert dense.weight.shape == (320 // size, K)
+    return dense.weight.data
+
+
+def test_head(tp):
+    layer = head(config_for({"lm_head": MATRICES["lm_head"]}))
+    load(layer, [(None, MATRICES["lm_head"])])
+    assert torch.equal(finished(layer), vocabulary_rows("lm_head", *tp))
+
+
+@pytest.mark.parametrize("vocabulary", [10, 64])
+def test_ranks_without_a_token(tp, vocabulary):
+    matrix = random_matrix(vocabulary, K, seed=9)
+    layer = head(config_for({"lm_head": matrix}), vocabulary)
+    load(layer, [(None, matrix)])
+    rank, size = tp
+    padded = torch.zeros(64, K)
+    padded[:vocabulary] = matrix.to_dense()
+    assert torch.equal(finished(layer), padded[rank * 64 // size : (rank + 1) * 64 // size])
+
+
+@pytest.mark.parametrize("prefix", ["m.embed_tokens", ""])
+def test_tied_embedding_and_head_are_one(tp, prefix):
+    """Llama and Mistral give their embedding no name."""
+    layer, embedding = tied(config_for({"m.embed_tokens": MATRICES["m.embed_tokens"]}), prefix)
+    assert layer is embedding
+    load(layer, [(None, MATRICES["m.embed_tokens"])])
+    expected = vocabulary_rows("m.embed_tokens", *tp)
+    assert torch.equal(finished(layer), expected)
+    ids = torch.randint(len(expected), (3, 5))
+    assert torch.equal(layer.quant_method.embedding(layer, ids), expected[ids])
+    assert layer.quant_method.embedding(layer, ids[:0]).shape == (0, 5, K)
+
+
+def test_lookup_over_all_ranks(monkeypatch):
+    """Every rank gives its own tokens and zeros for those of others; vLLM adds them up."""
+    monkeypatch.setattr(vllm_vocabulary, "tensor_model_parallel_all_reduce", lambda part: part)
+    ids, total = torch.arange(VOCABULARY), 0
+    for rank in range(4):
+        pretend(monkeypatch, rank, 4)
+        layer, _ = tied(config_for({"m.embed_tokens": MATRICES["m.embed_tokens"]}))
+        load(layer, [(None, MATRICES["m.embed_tokens"])])
+        layer.quant_method.process_weights_after_loading(layer)
+        total = total + layer(ids)
+    assert torch.equal(total, DENSE["m.embed_tokens"])
+
+
+def test_lookup_in_half_precision():
+    config = config_for({"m.embed_tokens": MATRICES["m.embed_tokens"]})
+    layer = vllm_vocabulary.VocabParallelEmbedding(VOCABULARY, K, torch.bfloat16, quant_config=config)
+    load(layer, [(None, MATRICES["m.embed_tokens"])])
+    layer.quant_method.process_weights_after_loading(layer)
+    assert torch.equal(layer(torch.arange(VOCABULARY)), DENSE["m.embed_tokens"].bfloat16())
+
+
+def test_an_untied_head_leaves_the_embedding_dense():
+    config = config_for({"lm_head": MATRICES["lm_head"]})
+    for prefix in ("m.embed_tokens", ""):
+        layer = vllm_vocabulary.VocabParallelEmbedding(VOCABULARY, K, quant_config=config, prefix=prefix)
+        assert isinstance(layer.quant_method, vllm_vocabulary.UnquantizedEmbeddingMethod)
+    with pytest.raises(ValueError, match="lm_head: is compressed, but config.json ties it to a dense embedding"):
+        head(config).tie_weights(layer)
+
+
+def test_a_head_of_another_vocabulary():
+    layer = head(config_for({"lm_head": MATRICES["lm_head"]}), VOCABULARY + 1)
+    with pytest.raises(FormatError, match=r"lm_head: crow_indices has shape \(301,\), expected \(302,\)"):
+        load(layer, [(None, MATRICES["lm_head"])])
+
+
+def test_added_tokens_are_refused():
+    with pytest.raises(NotImplementedError, match="lm_head: holds 4 tokens more than the checkpoint"):
+        head(config_for({"lm_head": MATRICES["lm_head"]}), VOCABULARY + 4, org_num_embeddings=VOCABULARY)
+
+
+def test_a_head_that_never_comes():
+    layer, _ = tied(config_for({"m.embed_tokens": MATRICES["m.embed_tokens"]}))
+    with pytest.raises(FormatError, match=r"m.embed_tokens.\* missing from the checkpoint"):
+        layer.quant_method.process_weights_after_loading(layer)
+
+
+def test_dummy_head_has_the_listed_sparsity(tp):
+    config = VllmConfig()
+    config.load_config.load_format = "dummy"
+    with set_current_vllm_config(config):
+        layer = head(config_for({"lm_head": GroupSparseMatrix.synthesize(VOCABULARY, K, sparsity=0)}, sparsity=0.25))
+    layer.quant_method.process_weights_after_loading(layer)
+    assert layer.qweight.shape[0] == 320 // tp[1] * K // 16
 
 
 def test_bias_is_added():

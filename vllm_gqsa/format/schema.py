@@ -55,6 +55,11 @@ class GqsaConfig(BaseModel):
     modules: dict[str, ModuleEntry]
     """Every compressed linear by its unfused Hugging Face name; also the embedding that is tied to the head."""
 
+    @property
+    def head(self) -> str | None:
+        """Name in ``modules`` of the head's matrix, its own or the embedding's; None where the head is dense."""
+        return next((name for name in self.modules if name.rpartition(".")[2] in (EMBEDDING, HEAD)), None)
+
     @field_validator("group_size")
     @classmethod
     def _known_group_size(cls, value: int) -> int:

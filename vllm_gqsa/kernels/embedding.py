@@ -37,7 +37,7 @@ def _embedding(
     groups = GroupSparseMatrix(
         crow_indices, group_mask, qweight[source], scale_zero[source], in_features, group_size
     ).dequantize_groups()
-    return groups.masked_fill_(~keep.view(-1, 1), 0).to(dtype).view(shape)
+    return groups.masked_fill_(~keep.reshape(-1, 1), 0).to(dtype).view(shape)
 
 
 def _embedding_fake(

@@ -146,15 +146,13 @@ class GqsaQuantizationConfig(QuantizationConfig):
         """
         from vllm.distributed import get_pp_group  # noqa: PLC0415
 
-        listed = [] if self.config is None else [n for n in self.config.modules if _last(n) in (EMBEDDING, HEAD)]
-        # Other ranks of a pipeline build neither the embedding nor the head, and load nothing for them.
-        if get_pp_group().world_size == 1:
-            for name in listed:
-                if name not in self._asked:
-                    raise NotImplementedError(
-                        f"{name}: is compressed, but vLLM's class for this model passes no quant_config to it, so "
-                        "only a dense one can be served; compress again without --lm-head"
-                    )
+        head = None if self.config is None else self.config.head
+        # Some ranks of a pipeline build neither the embedding nor the head, and load nothing for them.
+        if head is not None and head not in self._asked and get_pp_group().world_size == 1:
+            raise NotImplementedError(
+                f"{head}: is compressed, but vLLM's class for this model passes no quant_config to it, so only a "
+                "dense one can be served; compress again without --lm-head"
+            )
         return super().get_checkpoint_weight_mapper()
 
     def _vocabulary_method(self, layer: torch.nn.Module, prefix: str, config: GqsaConfig) -> QuantizeMethodBase | None:
@@ -163,7 +161,7 @@ class GqsaQuantizationConfig(QuantizationConfig):
 
         from vllm_gqsa.plugin.linear import GqsaVocabularyMethod  # noqa: PLC0415
 
-        embeddings = [name for name in config.modules if _last(name) == EMBEDDING]
+        embeddings = [name for name in config.modules if name.rpartition(".")[2] == EMBEDDING]
         # A head that is neither listed nor ignored is tied to the embedding; and Llama names no embedding.
         borrowed = embeddings[:1] if isinstance(layer, ParallelLMHead) or not prefix else []
         name = next((n for n in (prefix, *borrowed) if n in config.modules), None)
@@ -205,10 +203,6 @@ class GqsaQuantizationConfig(QuantizationConfig):
                 "linear layer would have no weights"
             )
         return bool(listed)
-
-
-def _last(name: str) -> str:
-    return name.rpartition(".")[2]
 
 
 def _check_lora(name: str) -> None:
