@@ -266,7 +266,7 @@ def estimate(
     _facts(
         f"compressing {model}",
         {
-            "linears": f"{costs.modules}, {costs.blocks} blocks, {costs.compressed_weights / 1e6:.1f} M weights",
+            "linears": f"{costs.modules} in {costs.blocks} blocks{'' if lm_head is None else ' and the head'}, {costs.compressed_weights / 1e6:.1f} M weights",
             "peak memory": f"{_megabytes(costs.peak_memory_bytes)}, beside 0.8 GB for Python, torch and mapped files",
             "disk": _megabytes(costs.disk_bytes),
             "result": f"{_megabytes(costs.output_bytes)} (dense {_megabytes(costs.dense_bytes)})",

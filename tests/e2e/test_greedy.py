@@ -48,13 +48,13 @@ PROMPTS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """SmolLM2-135M-Instruct at W4S20, G = 16."""
+@pytest.fixture(scope="module", params=[None, 0.0], ids=["dense head", "compressed head"])
+def checkpoint(request, tmp_path_factory):
+    """SmolLM2-135M-Instruct at W4S20, G = 16; with the dense table, or one INT4 table for lookup and logits."""
     folder = tmp_path_factory.mktemp("smollm2")
     write_dense_model(find_gguf(), folder / "dense")
     write_texts(folder / "calibration.txt", folder / "eval.txt")
-    recipe = Recipe(sparsity=0.2, group_size=16, samples=8, context=256)
+    recipe = Recipe(sparsity=0.2, lm_head=request.param, group_size=16, samples=8, context=256)
     text = TextSource(str(folder / "calibration.txt"))
     job = Job(str(folder / "dense"), folder / "gqsa", recipe, text, evaluation_windows=2)
     compress(job, lambda *_: None)

@@ -83,27 +83,31 @@ def test_compensation_lowers_the_error_of_the_logits(finished, dense):
     assert errors[1] < 0.95 * errors[0]
 
 
-def test_stopped_after_every_step_it_ends_with_the_same_bytes(finished, dense, text, tmp_path):
+def test_stopped_before_during_and_after_the_head_it_ends_with_the_same_bytes(
+    finished, dense, text, tmp_path, monkeypatch
+):
     family, output, _ = finished
     again = tmp_path / "out"
-    steps = 0
 
     def stop_at(number):
+        steps = iter(range(1, number))
+
         def progress(*_):
-            nonlocal steps
-            steps += 1
-            if steps == number:
+            if next(steps, None) is None:
                 raise Killed
 
         return progress
 
-    # Two steps a run at first: the head is a step of its own, made after three blocks that are read from files.
-    for number in (8, 8, 8, 4, 4, 4, 6, 8):
-        steps = 0
-        try:
+    def killed(*_):
+        raise Killed
+
+    # A block that is read from its file is one step, one that is compressed is seven, the head is one.
+    for number, shards in ((10, 1), (10, 2), (100, 3), (4, 4)):
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            if number == 100:
+                patch.setattr("vllm_gqsa.offline.pipeline.write_head", killed)
             compress(job(dense(family), text, again, HEAD_RECIPE), stop_at(number))
-        except Killed:
-            continue
+        assert len(list(again.glob("model-*"))) == shards
     compress(job(dense(family), text, again, HEAD_RECIPE), silent)
     assert_same(again, output)
 

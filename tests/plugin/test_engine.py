@@ -118,6 +118,73 @@ def test_two_ranks_equal_one(served, llama, tmp_path):
     assert result.get("tokens") == served[0]["tokens"], result
 
 
+# -- a compressed output head ----------------------------------------------------------------------------------
+
+
+def with_head(folder, family, tied):
+    """A model whose head is compressed: 300 tokens, which vLLM pads to 320; nine groups of 16 a row."""
+    changes = {"tie_word_embeddings": tied, "vocab_size": 300, "hidden_size": 144}
+    return compress_randomly(make_dense(folder / "dense", family, **changes), folder, head=True)
+
+
+def head_jobs(folder, family, tied, **options):
+    """The twin, and the checkpoint with a reload to other weights and back; and the twin of the other weights."""
+    made = with_head(folder, family, tied)
+    other = compress_randomly(folder / "dense", folder / "other", head=True, scale=1.5)
+    reload = [str(other.checkpoint), str(made.checkpoint)]
+    return [
+        {"model": str(made.twin), "prompts": PROMPTS, "options": options},
+        {"model": str(other.twin), "prompts": PROMPTS, "options": options},
+        {"model": str(made.checkpoint), "prompts": PROMPTS, "reload": reload, "options": options},
+    ]
+
+
+def assert_equal(results):
+    twin, other, compressed = results
+    assert compressed.get("tokens") == twin["tokens"] != other["tokens"], compressed
+    assert compressed["after"] == [other["tokens"], twin["tokens"]]
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tied")
+    dummy = {"model": str(folder / "checkpoint"), "prompts": PROMPTS, "options": {"load_format": "dummy"}}
+    return folder, engines(folder / "run", [*head_jobs(folder, "llama", tied=True), dummy])
+
+
+def test_one_compressed_matrix_for_embedding_and_head(tied):
+    _, (*results, dummy) = tied
+    assert_equal(results)
+    assert all(len(tokens) == 12 for tokens in dummy["tokens"])
+
+
+@pytest.mark.slow
+def test_every_family_with_a_compressed_head(tmp_path):
+    cases = [(family, tied) for family in FAMILIES[:4] for tied in (False, True)]
+    jobs = [head_jobs(tmp_path / f"{family}-{tied}", family, tied) for family, tied in cases]
+    results = engines(tmp_path / "run", [job for each in jobs for job in each], timeout=900)
+    for at in range(len(cases)):
+        assert_equal(results[3 * at : 3 * at + 3])
+
+
+@pytest.mark.slow
+def test_compressed_head_in_a_compiled_model(tmp_path):
+    assert_equal(engines(tmp_path / "run", head_jobs(tmp_path, "llama", tied=True, enforce_eager=False), timeout=600))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("untied", [True, False])
+def test_compressed_head_on_two_ranks(tied, tmp_path, untied):
+    if untied:
+        made = with_head(tmp_path, "llama", tied=False)
+        (twin,) = engines(tmp_path / "one", [{"model": str(made.twin), "prompts": PROMPTS}])
+    else:
+        twin, made = tied[1][0], with_head(tmp_path, "llama", tied=True)
+    jobs = [{"model": str(made.checkpoint), "prompts": PROMPTS, "options": {"tensor_parallel_size": 2}}]
+    (result,) = engines(tmp_path / "two", jobs, own_process=True)
+    assert result.get("tokens") == twin["tokens"], result
+
+
 # -- bad checkpoints -------------------------------------------------------------------------------------------
 
 UP = "model.layers.1.mlp.up_proj"
@@ -187,7 +254,13 @@ def refusals(llama, tmp_path_factory):
         jobs.append({"model": str(copy), "prompts": PROMPTS})
     jobs.append({"model": str(llama.twin), "prompts": PROMPTS, "options": {"quantization": "gqsa"}})
     jobs.append({"model": str(mixture(folder / "mixture")), "prompts": PROMPTS})
-    return dict(zip([*(spoil.__name__ for spoil in BAD), "plain", "mixture"], engines(folder, jobs), strict=True))
+    tied = with_head(folder / "lora", "llama", tied=True)
+    jobs.append({"model": str(tied.checkpoint), "prompts": PROMPTS, "options": {"enable_lora": True}})
+    dense = make_dense(folder / "opt" / "dense", "opt", tie_word_embeddings=False)
+    opt = compress_randomly(dense, folder / "opt", head=True)
+    jobs.append({"model": str(opt.checkpoint), "prompts": PROMPTS})
+    names = [*(spoil.__name__ for spoil in BAD), "plain", "mixture", "lora", "opt"]
+    return dict(zip(names, engines(folder, jobs), strict=True))
 
 
 def mixture(folder):
@@ -225,6 +298,16 @@ def test_plain_model_ends_in_one_sentence(refusals, llama):
 
 def test_mixture_of_experts_ends_in_one_sentence(refusals):
     assert "experts: this is a mixture-of-experts model" in refusals["mixture"].get("error", "no error")
+
+
+def test_lora_on_a_compressed_head_ends_in_one_sentence(refusals):
+    expected = "model.embed_tokens: is compressed, and vLLM's LoRA layers need its dense weight; name other modules"
+    assert expected in refusals["lora"].get("error", "no error")
+
+
+def test_a_head_that_vllm_cannot_serve_compressed_ends_in_one_sentence(refusals):
+    expected = "lm_head: is compressed, but vLLM's class for this model passes no quant_config to it"
+    assert expected in refusals["opt"].get("error", "no error")
 
 
 @pytest.mark.parametrize("case", [pytest.param("group size under two ranks", marks=pytest.mark.slow), "missing tensor"])
