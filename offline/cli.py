@@ -263,10 +263,11 @@ def estimate(
     if as_json:
         print(json.dumps(costs.to_json()))
         return
+    where = f"{costs.blocks} blocks" + ("" if lm_head is None else " and the head")
     _facts(
         f"compressing {model}",
         {
-            "linears": f"{costs.modules} in {costs.blocks} blocks{'' if lm_head is None else ' and the head'}, {costs.compressed_weights / 1e6:.1f} M weights",
+            "linears": f"{costs.modules} in {where}, {costs.compressed_weights / 1e6:.1f} M weights",
             "peak memory": f"{_megabytes(costs.peak_memory_bytes)}, beside 0.8 GB for Python, torch and mapped files",
             "disk": _megabytes(costs.disk_bytes),
             "result": f"{_megabytes(costs.output_bytes)} (dense {_megabytes(costs.dense_bytes)})",
