@@ -57,8 +57,22 @@ def llama(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def served(llama, tmp_path_factory):
-    """Tokens of the compressed model and its twin, of dummy weights, and of a reload to B and back to A."""
+def tied(tmp_path_factory):
+    return with_head(tmp_path_factory.mktemp("tied"), "llama", tied=True)
+
+
+def with_head(folder, family, tied):
+    """A model whose head is compressed: 300 tokens, which vLLM pads to 320; twelve groups of 16 a row."""
+    changes = {"tie_word_embeddings": tied, "vocab_size": 300, "hidden_size": 192, "num_attention_heads": 6}
+    return compress_randomly(make_dense(folder / "dense", family, **changes), folder, head=True)
+
+
+@pytest.fixture(scope="module")
+def served(llama, tied, tmp_path_factory):
+    """Tokens of the compressed model and its twin, of dummy weights, and of a reload to B and back to A.
+
+    Then of the twin of a model with one matrix for embedding and head, and of that model compressed.
+    """
     folder = tmp_path_factory.mktemp("served")
     other = compress_randomly(llama.checkpoint.parent / "dense", folder / "other", scale=1.5)
     jobs = [
@@ -71,18 +85,19 @@ def served(llama, tmp_path_factory):
             "options": {"quantization": "gqsa"},
         },
         {"model": str(llama.checkpoint), "prompts": PROMPTS, "options": {"load_format": "dummy"}},
+        *({"model": str(each), "prompts": PROMPTS} for each in (tied.twin, tied.checkpoint)),
     ]
     return engines(folder, jobs)
 
 
 def test_tokens_equal_the_twin(served):
-    twin, _, compressed, _ = served
+    twin, _, compressed = served[:3]
     assert compressed["tokens"] == twin["tokens"]
     assert len({tuple(tokens) for tokens in twin["tokens"]}) == len(PROMPTS)
 
 
 def test_reload_to_other_weights_and_back(served):
-    twin, other, compressed, _ = served
+    twin, other, compressed = served[:3]
     assert compressed["after"] == [other["tokens"], twin["tokens"]]
     assert other["tokens"] != twin["tokens"]
 
@@ -121,12 +136,6 @@ def test_two_ranks_equal_one(served, llama, tmp_path):
 # -- a compressed output head ----------------------------------------------------------------------------------
 
 
-def with_head(folder, family, tied):
-    """A model whose head is compressed: 300 tokens, which vLLM pads to 320; nine groups of 16 a row."""
-    changes = {"tie_word_embeddings": tied, "vocab_size": 300, "hidden_size": 144}
-    return compress_randomly(make_dense(folder / "dense", family, **changes), folder, head=True)
-
-
 def head_jobs(folder, family, tied, **options):
     """The twin, and the checkpoint with a reload to other weights and back; and the twin of the other weights."""
     made = with_head(folder, family, tied)
@@ -141,30 +150,25 @@ def head_jobs(folder, family, tied, **options):
 
 def assert_equal(results):
     twin, other, compressed = results
-    assert compressed.get("tokens") == twin["tokens"] != other["tokens"], compressed
+    assert compressed.get("tokens") == twin.get("tokens") != other.get("tokens"), results
     assert compressed["after"] == [other["tokens"], twin["tokens"]]
 
 
-@pytest.fixture(scope="module")
-def tied(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tied")
-    dummy = {"model": str(folder / "checkpoint"), "prompts": PROMPTS, "options": {"load_format": "dummy"}}
-    return folder, engines(folder / "run", [*head_jobs(folder, "llama", tied=True), dummy])
-
-
-def test_one_compressed_matrix_for_embedding_and_head(tied):
-    _, (*results, dummy) = tied
-    assert_equal(results)
-    assert all(len(tokens) == 12 for tokens in dummy["tokens"])
+def test_one_compressed_matrix_for_embedding_and_head(served):
+    twin, compressed = served[4:]
+    assert compressed.get("tokens") == twin["tokens"], compressed
+    assert len({tuple(tokens) for tokens in twin["tokens"]}) == len(PROMPTS)
 
 
 @pytest.mark.slow
 def test_every_family_with_a_compressed_head(tmp_path):
     cases = [(family, tied) for family in FAMILIES[:4] for tied in (False, True)]
     jobs = [head_jobs(tmp_path / f"{family}-{tied}", family, tied) for family, tied in cases]
-    results = engines(tmp_path / "run", [job for each in jobs for job in each], timeout=900)
+    dummy = {**jobs[-1][-1], "reload": [], "options": {"load_format": "dummy"}}
+    *results, last = engines(tmp_path / "run", [job for each in jobs for job in each] + [dummy], timeout=900)
     for at in range(len(cases)):
         assert_equal(results[3 * at : 3 * at + 3])
+    assert all(len(tokens) == 12 for tokens in last["tokens"])
 
 
 @pytest.mark.slow
@@ -173,13 +177,12 @@ def test_compressed_head_in_a_compiled_model(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("untied", [True, False])
-def test_compressed_head_on_two_ranks(tied, tmp_path, untied):
-    if untied:
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_compressed_head_on_two_ranks(served, tied, tmp_path, is_tied):
+    made, twin = tied, served[4]
+    if not is_tied:
         made = with_head(tmp_path, "llama", tied=False)
         (twin,) = engines(tmp_path / "one", [{"model": str(made.twin), "prompts": PROMPTS}])
-    else:
-        twin, made = tied[1][0], with_head(tmp_path, "llama", tied=True)
     jobs = [{"model": str(made.checkpoint), "prompts": PROMPTS, "options": {"tensor_parallel_size": 2}}]
     (result,) = engines(tmp_path / "two", jobs, own_process=True)
     assert result.get("tokens") == twin["tokens"], result
@@ -245,7 +248,7 @@ BAD = {
 
 
 @pytest.fixture(scope="module")
-def refusals(llama, tmp_path_factory):
+def refusals(llama, tied, tmp_path_factory):
     folder = tmp_path_factory.mktemp("bad")
     jobs = []
     for spoil in BAD:
@@ -254,7 +257,6 @@ def refusals(llama, tmp_path_factory):
         jobs.append({"model": str(copy), "prompts": PROMPTS})
     jobs.append({"model": str(llama.twin), "prompts": PROMPTS, "options": {"quantization": "gqsa"}})
     jobs.append({"model": str(mixture(folder / "mixture")), "prompts": PROMPTS})
-    tied = with_head(folder / "lora", "llama", tied=True)
     jobs.append({"model": str(tied.checkpoint), "prompts": PROMPTS, "options": {"enable_lora": True}})
     dense = make_dense(folder / "opt" / "dense", "opt", tie_word_embeddings=False)
     opt = compress_randomly(dense, folder / "opt", head=True)
