@@ -190,6 +190,20 @@ void gqsa_cpu_dequantize(int32_t index, const Weight* weight, int64_t begin, int
     });
 }
 
+// Rows ids[0..count) of the dense weight, to `out` [count, in_features] of `dtype`.
+void gqsa_cpu_look_up(int32_t index, const Weight* weight, const int64_t* ids, int64_t count, int32_t dtype, void* out,
+                      int64_t threads, ParallelFor parallel_for) {
+    const int64_t shares = std::clamp<int64_t>(count, 1, threads);
+    const int64_t row_size = weight->in_features * (dtype == 0 ? 4 : 2);
+    in_parallel(parallel_for, shares, [&](int64_t share) {
+        const int64_t end = gqsa::share_begin(count, shares, share + 1);
+        for (int64_t i = gqsa::share_begin(count, shares, share); i < end; ++i) {
+            char* at = static_cast<char*>(out) + i * row_size;
+            kKernels[index]->dequantize(*weight, ids[i], ids[i] + 1, Dtype{dtype}, at);
+        }
+    });
+}
+
 // Fills group_mask, words and scale_zero of `target` (whose pointers may be written to) from a matrix in the
 // checkpoint's order, `qweight` being [nnz, group_size / 2]. Every thread writes the rows that it will multiply by, so
 // that their memory lies on its NUMA node.

@@ -9,7 +9,7 @@ from hypothesis import given, settings, strategies as st
 
 from tests.helpers import random_matrix
 from vllm_gqsa.format import GroupSparseMatrix
-from vllm_gqsa.kernels import embedding as module
+from vllm_gqsa.kernels import embedding as module, prepare
 from vllm_gqsa.kernels.embedding import embedding
 
 
@@ -18,7 +18,9 @@ from vllm_gqsa.kernels.embedding import embedding
 def test_equals_the_dense_lookup_bit_for_bit(dtype, ids):
     weight = random_matrix(24, 64)
     rows = torch.randint(24, (50,), dtype=ids)
-    assert torch.equal(embedding(rows, weight, dtype), F.embedding(rows, weight.to_dense(dtype)))
+    expected = F.embedding(rows, weight.to_dense(dtype))
+    assert torch.equal(embedding(rows, weight, dtype), expected)
+    assert torch.equal(embedding(rows, prepare(weight), dtype), expected)
 
 
 @given(
@@ -36,11 +38,18 @@ def test_any_shape(leading, rows, groups, size, density, padding):
     found = embedding(ids, weight)
     assert found.shape == (*leading, groups * size)
     assert torch.equal(found, F.embedding(ids, weight.to_dense()))
+    assert torch.equal(embedding(ids, prepare(weight)), found)
 
 
 def test_nothing_kept():
     weight = GroupSparseMatrix.from_dense(torch.ones(4, 32), torch.zeros(4, 2, dtype=torch.bool))
     assert torch.equal(embedding(torch.tensor([3, 0]), weight), torch.zeros(2, 32))
+
+
+@pytest.mark.parametrize("ids", [[-1], [3, 24]])
+def test_ids_outside_of_a_packed_table_are_refused(ids):
+    with pytest.raises(IndexError, match=r"gqsa::embedding: ids -?\d+..\d+ are outside 0..23|ids -1..-1 are outside"):
+        embedding(torch.tensor(ids), prepare(random_matrix(24, 64)))
 
 
 @pytest.mark.parametrize("shape", [(5,), (2, 3), (), (0,)])

@@ -68,10 +68,11 @@ def _library() -> ctypes.CDLL | None:
         pointer,
     )
     library.gqsa_cpu_dequantize.argtypes = (int32, weight, long, long, int32, pointer, long, pointer)
+    library.gqsa_cpu_look_up.argtypes = (int32, weight, pointer, long, int32, pointer, long, pointer)
     library.gqsa_cpu_pack.argtypes = (weight, pointer, pointer, pointer, long, pointer)
     library.gqsa_cpu_unpack.argtypes = (pointer, long, pointer)
     library.gqsa_cpu_partition.argtypes = (pointer, long, long, pointer)
-    for name in ("linear", "dequantize", "pack", "unpack", "partition"):
+    for name in ("linear", "dequantize", "look_up", "pack", "unpack", "partition"):
         getattr(library, f"gqsa_cpu_{name}").restype = None
     return library
 
@@ -196,6 +197,24 @@ class PackedMatrix:
         _loaded().gqsa_cpu_dequantize(
             kernels()[kernel or choose_kernel(dtype, self.group_size)],
             *(self._weight(), start, stop, _DTYPES[dtype], out.data_ptr()),
+            *(torch.get_num_threads(), _parallel_for()),
+        )
+        return out
+
+    def look_up(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Rows ``ids`` (int32 or int64, any shape) of the dense weight, rounded once to ``dtype``: ``[*ids.shape, K]``.
+
+        Raises:
+            IndexError: an id is no row.
+        """
+        rows = self.crow_indices.shape[0] - 1
+        ids = ids.to(torch.int64).contiguous()
+        if ids.numel() and not (int(ids.min()) >= 0 and int(ids.max()) < rows):
+            raise IndexError(f"gqsa::embedding: ids {int(ids.min())}..{int(ids.max())} are outside 0..{rows - 1}")
+        out = torch.empty(*ids.shape, self.in_features, dtype=dtype)
+        _loaded().gqsa_cpu_look_up(
+            kernels()[choose_kernel(dtype, self.group_size)],
+            *(self._weight(), ids.data_ptr(), ids.numel(), _DTYPES[dtype], out.data_ptr()),
             *(torch.get_num_threads(), _parallel_for()),
         )
         return out

@@ -1,12 +1,14 @@
 """The op ``gqsa::embedding``: rows of a group-sparse INT4 weight, expanded as they are looked up.
 
 An embedding table that is tied to lm_head lies in memory once, compressed; the lookup expands the rows of the tokens
-at hand and no others. Torch only, on any device, without waiting for it. Importing this file registers the op.
+at hand and no others: by the native kernels where the table was packed for them, else by torch, on any device and
+without waiting for it. Importing this file registers the op.
 """
 
 import torch
 
 from vllm_gqsa.format import GroupSparseMatrix, unpack_bitmap
+from vllm_gqsa.kernels.cpu import PackedMatrix
 
 __all__ = ["embedding"]
 
@@ -27,6 +29,9 @@ def _embedding(
     group_size: int,
     dtype: torch.dtype,
 ) -> torch.Tensor:
+    if qweight.dtype == torch.int16:
+        packed = PackedMatrix(crow_indices, group_mask, qweight, scale_zero, in_features, group_size)
+        return packed.look_up(ids, dtype)
     shape = (*ids.shape, in_features)
     if not qweight.shape[0]:
         return torch.zeros(shape, dtype=dtype, device=ids.device)
@@ -65,17 +70,22 @@ def _register() -> None:
 _register()
 
 
-def embedding(ids: torch.Tensor, weight: GroupSparseMatrix, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def embedding(
+    ids: torch.Tensor, weight: GroupSparseMatrix | PackedMatrix, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
     """Call ``gqsa::embedding`` with the four tensors of a matrix.
 
     Args:
-        ids: int64 or int32, any shape, also empty; rows of ``weight``, trusted as those of ``F.embedding`` on a GPU.
-        weight: ``[N, K]`` on the device of ``ids``.
+        ids: int64 or int32, any shape, also empty; rows of ``weight``.
+        weight: ``[N, K]`` on the device of ``ids``, as for :func:`vllm_gqsa.kernels.linear`.
         dtype: of the result.
 
     Returns:
         ``[*ids.shape, K]``, contiguous; bit for bit what ``F.embedding`` gives for the dense weight rounded to
         ``dtype``.
+
+    Raises:
+        IndexError: an id is no row of ``weight``; not noticed on a GPU, as with ``F.embedding``.
     """
     result: torch.Tensor = torch.ops.gqsa.embedding(
         ids, *weight.tensors().values(), weight.in_features, weight.group_size, dtype

@@ -14,6 +14,7 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
+import vllm_gqsa.kernels.embedding  # noqa: F401 - registers gqsa::embedding
 from vllm_gqsa import kernels
 from vllm_gqsa.format import TENSORS, FormatError, GqsaConfig, GroupSparseMatrix
 from vllm_gqsa.plugin.loading import Placeholder, Staging
