@@ -12,7 +12,7 @@ from rich.table import Table
 
 from benchmarks.demo.ask import CHAT, COMPLETION, Answers
 
-__all__ = ["Facts", "folder_bytes", "headline", "machine", "show_answers", "show_figures"]
+__all__ = ["Facts", "folder_bytes", "headline", "machine", "processor", "show_answers", "show_figures"]
 
 
 @dataclass(frozen=True)
@@ -39,18 +39,21 @@ def folder_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
-def machine() -> str:
-    """The processor and how many of its cores this process may use."""
-    name = platform.processor() or platform.machine()
+def processor() -> str:
+    """The processor's name."""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
-                name = line.partition(":")[2].strip()
-                break
+                return line.partition(":")[2].strip()
     except OSError:
         pass
+    return platform.processor() or platform.machine()
+
+
+def machine() -> str:
+    """The processor and how many of its cores this process may use."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{name}, {cores} cores"
+    return f"{processor()}, {cores} cores"
 
 
 def show_answers(console: Console, dense: Answers, ours: Answers) -> None:
