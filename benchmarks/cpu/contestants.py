@@ -1,116 +1,153 @@
 """The contestants of the kernel race on one weight shape: enough copies of each weight that no cache holds them."""
 
 import functools
+import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from benchmarks.cpu.errors import BenchmarkError
 from benchmarks.cpu.int4 import Int4Linear, dequantize
 from benchmarks.cpu.timing import Contestant
 from vllm_gqsa.format import GroupSparseMatrix
 from vllm_gqsa.kernels import linear
 
-__all__ = ["COLD", "INT8", "Weights", "int8_activations"]
+__all__ = ["COLD", "INT8", "Baselines", "gqsa_contestants", "int8_activations"]
 
 COLD = 4
 """How many times the last-level cache the copies of one contestant fill at least."""
 INT8 = {"GQSA_CPU_ACT": "int8"}
 """Asks for the kernel with 8-bit activations; read at every call."""
 INT4_GROUPS = (128, 64, 32)
-"""Group sizes of vLLM's INT4, the first that divides the inputs is taken; 128 is what most checkpoints have."""
-
-Call = Callable[[torch.Tensor], object]
+"""Group sizes of vLLM's INT4, of which the first that divides the inputs is taken; most checkpoints have 128."""
+FLOAT32_TOKENS = 64
+"""Most tokens of a call that torch multiplies in float32, which takes a second with 512."""
 
 
 def int8_activations() -> bool:
     """Whether 8-bit activations change anything: without a kernel for them the variable is not read."""
-    import os  # noqa: PLC0415
-
     matrix = GroupSparseMatrix.synthesize(64, 256, generator=torch.Generator().manual_seed(0))
-    x = torch.randn(1, 256, generator=torch.Generator().manual_seed(0))
+    x = activations(1, 256)
+    before = os.environ.pop("GQSA_CPU_ACT", None)
     exact = linear(x, matrix)
-    before = os.environ.get("GQSA_CPU_ACT")
     os.environ.update(INT8)
     try:
         return not torch.equal(linear(x, matrix), exact)
     finally:
-        if before is None:
-            del os.environ["GQSA_CPU_ACT"]
-        else:
+        os.environ.pop("GQSA_CPU_ACT")
+        if before is not None:
             os.environ["GQSA_CPU_ACT"] = before
 
 
-class Weights:
-    """One shape's weights in every form, each in as many copies as it takes to stay cold.
+def activations(m: int, k: int) -> torch.Tensor:
+    """Random activations float32 ``[M, K]``."""
+    return torch.randn(m, k, generator=torch.Generator().manual_seed(0))
 
-    Values differ between the forms, which no kernel's time depends on.
+
+def gqsa_contestants(
+    n: int, k: int, sparsity: float, group_size: int, cache_bytes: int
+) -> Callable[[int, torch.dtype, bool], list[Contestant]]:
+    """The group-sparse kernel on one shape.
+
+    Args:
+        n: outputs.
+        k: inputs.
+        sparsity: share of pruned groups.
+        group_size: weights of a group.
+        cache_bytes: of the last-level cache.
+
+    Returns:
+        A function of the number of tokens, the dtype of the activations, and whether there is a kernel with 8-bit
+        activations to race too.
+    """
+    first = GroupSparseMatrix.synthesize(n, k, group_size, sparsity, torch.Generator().manual_seed(0))
+    matrices = _copies(first, first.nbytes, cache_bytes, _clone)
+
+    def contestants(m: int, dtype: torch.dtype, int8: bool) -> list[Contestant]:
+        x = activations(m, k).to(dtype)
+        calls = [functools.partial(linear, x, matrix) for matrix in matrices]
+        found = [Contestant("GQSA", calls, first.nbytes)]
+        return [*found, Contestant("GQSA int8", calls, first.nbytes, INT8)] if int8 else found
+
+    return contestants
+
+
+class Baselines:
+    """What the group-sparse kernel is compared with on one shape: torch, and vLLM's own dense and INT4 linears.
+
+    Weights are random and differ between them; no kernel's time depends on the values.
 
     Attributes:
         facts: about vLLM's INT4: its kernel, group size and error.
     """
 
-    def __init__(self, n: int, k: int, sparsity: float, group_size: int, cache_bytes: int) -> None:
-        """Make them.
+    def __init__(self, n: int, k: int, cache_bytes: int) -> None:
+        """Make the weights.
 
         Args:
             n: outputs.
             k: inputs.
-            sparsity: of the group-sparse matrix.
-            group_size: of the group-sparse matrix.
             cache_bytes: of the last-level cache.
 
         Raises:
             BenchmarkError: vLLM has no INT4 kernel, or it does not compute what it should.
         """
+        self._k = k
+        self._size = n * k
         generator = torch.Generator().manual_seed(0)
-        self._cold = COLD * cache_bytes
-        self.facts: dict[str, Any] = {}
-        matrix = GroupSparseMatrix.synthesize(n, k, group_size, sparsity, generator)
-        self._gqsa = self._copies(matrix, matrix.nbytes, lambda m: m.from_tensors(_clones(m), k, group_size))
         dense = torch.empty(n, k).uniform_(-0.05, 0.05, generator=generator)
-        self._dense = {
-            dtype: self._copies(dense.to(dtype), n * k * dtype.itemsize, torch.clone)
-            for dtype in (torch.bfloat16, torch.float32)
-        }
-        self._int4 = self._make_int4(n, k, generator)
-
-    def _make_int4(self, n: int, k: int, generator: torch.Generator) -> tuple[list[Int4Linear], int]:
-        size = next(size for size in INT4_GROUPS if k % size == 0)
+        half = dense.bfloat16()
+        self._float32 = _copies(dense, 4 * self._size, cache_bytes, torch.clone)
+        self._bfloat16 = _copies(half, 2 * self._size, cache_bytes, torch.clone)
+        self._vllm = _copies(vllm_linear(half), 2 * self._size, cache_bytes, lambda _: vllm_linear(half))
+        size = next((size for size in INT4_GROUPS if k % size == 0), None)
+        if size is None:
+            raise BenchmarkError(f"vLLM's INT4 needs inputs that are a multiple of {min(INT4_GROUPS)}, not {k}")
         codes = torch.randint(0, 16, (k, n), dtype=torch.int32, generator=generator)
         scales = (torch.rand(k // size, n, generator=generator) * 0.004 + 0.002).bfloat16()
         first = Int4Linear(codes, scales)
         error = first.check(dequantize(codes, scales))
+        self._int4 = _copies(first, first.nbytes, cache_bytes, Int4Linear.clone)
         self.facts = {"int4_kernel": first.kernel_name, "int4_group_size": size, "int4_error": round(error, 5)}
-        return self._copies(first, first.nbytes, Int4Linear.clone)
 
-    def _copies(self, first: Any, size: int, clone: Callable[[Any], Any]) -> tuple[list[Any], int]:  # noqa: ANN401
-        return [first, *(clone(first) for _ in range(self._cold // size))], size
-
-    def contestants(self, m: int, dtype: torch.dtype, *, int8: bool) -> list[Contestant]:
-        """The race for one number of tokens.
-
-        Args:
-            m: tokens of a call.
-            dtype: of the activations of the group-sparse kernel; torch runs in both dtypes in any case, and vLLM's
-                INT4 always in bfloat16, having no other but float16.
-            int8: whether there is a kernel with 8-bit activations.
-        """
-        matrices, size = self._gqsa
-        x = torch.randn(m, matrices[0].in_features, generator=torch.Generator().manual_seed(0))
-        ours = [functools.partial(linear, x.to(dtype), matrix) for matrix in matrices]
-        found = [Contestant("GQSA", ours, size)]
-        if int8:
-            found.append(Contestant("GQSA int8", ours, size, INT8))
-        for each, (weights, each_size) in self._dense.items():
-            calls = [functools.partial(F.linear, x.to(each), weight) for weight in weights]
-            found.append(Contestant(f"torch {str(each).removeprefix('torch.')}", calls, each_size))
-        layers, layer_size = self._int4
+    def contestants(self, m: int) -> list[Contestant]:
+        """All of them for ``m`` tokens a call; activations are bfloat16, for torch float32 also that."""
+        x = activations(m, self._k)
         half = x.bfloat16()
-        found.append(Contestant("vLLM INT4", [functools.partial(layer, half) for layer in layers], layer_size))
+        found = [
+            Contestant("torch bf16", [functools.partial(F.linear, half, w) for w in self._bfloat16], 2 * self._size),
+            Contestant("vLLM bf16", [functools.partial(call, half) for call in self._vllm], 2 * self._size),
+            Contestant("vLLM INT4", [functools.partial(call, half) for call in self._int4], self._int4[0].nbytes),
+        ]
+        if m <= FLOAT32_TOKENS:
+            calls = [functools.partial(F.linear, x, weight) for weight in self._float32]
+            found.append(Contestant("torch fp32", calls, 4 * self._size))
         return found
 
 
-def _clones(matrix: GroupSparseMatrix) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in matrix.tensors().items()}
+def vllm_linear(weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The dense linear of vLLM on a CPU, which packs the weight beforehand (by oneDNN, on most machines).
+
+    Raises:
+        BenchmarkError: vLLM has changed.
+    """
+    try:
+        from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm  # noqa: PLC0415
+    except ImportError as error:
+        raise BenchmarkError(f"vLLM's dense linear is not where vLLM 0.32 has it: {error}") from error
+    layer: Any = torch.nn.Module()
+    layer.weight = torch.nn.Parameter(weight.clone(), requires_grad=False)
+    layer.bias = None
+    dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
+    return lambda x: layer.cpu_linear(x, layer.weight, None)
+
+
+def _copies(first: Any, size: int, cache_bytes: int, clone: Callable[[Any], Any]) -> list[Any]:  # noqa: ANN401
+    return [first, *(clone(first) for _ in range(COLD * cache_bytes // size))]
+
+
+def _clone(matrix: GroupSparseMatrix) -> GroupSparseMatrix:
+    tensors = {name: tensor.clone() for name, tensor in matrix.tensors().items()}
+    return GroupSparseMatrix.from_tensors(tensors, matrix.in_features, matrix.group_size)
