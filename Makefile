@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint format types demo clean
+.PHONY: help setup test lint format types demo bench-cpu clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## Make .venv with this project and the real vLLM for CPU in it
 
@@ -37,6 +37,9 @@ types: setup ## Check types with mypy
 
 demo: setup ## Compress SmolLM2-135M and talk to it through vllm serve
 	$(BIN)/python -m benchmarks.demo.run
+
+bench-cpu: setup ## Measure kernels, vLLM and llama.cpp on one thread of this CPU
+	$(BIN)/python -m benchmarks.cpu all
 
 clean: ## Remove .venv, build and caches
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

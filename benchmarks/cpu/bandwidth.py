@@ -4,6 +4,7 @@ Torch and numpy have several loops that only read; which of them is fastest depe
 are tried, and the fastest stands for the limit.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -39,7 +40,7 @@ def read_contestant(cache_bytes: int, seconds: float = 2.0, chunk: int = CHUNK) 
     buffer = torch.randint(1, 1 << 20, (max(2, 4 * cache_bytes // chunk + 1), chunk // 8), dtype=torch.int64)
 
     def contestant(name: str, loop: Callable[[torch.Tensor], object]) -> Contestant:
-        return Contestant(name, [lambda part=part: loop(part) for part in buffer], chunk)
+        return Contestant(name, [functools.partial(loop, part) for part in buffer], chunk)
 
     times = race([contestant(name, loop) for name, loop in LOOPS.items()], seconds)
     fastest = min(times, key=lambda name: times[name].median)

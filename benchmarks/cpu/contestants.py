@@ -1,7 +1,6 @@
 """The contestants of the kernel race on one weight shape: enough copies of each weight that no cache holds them."""
 
 import functools
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch.nn.functional as F
 
 from benchmarks.cpu.errors import BenchmarkError
 from benchmarks.cpu.int4 import Int4Linear, dequantize
-from benchmarks.cpu.timing import Contestant
+from benchmarks.cpu.timing import Contestant, environment
 from vllm_gqsa.format import GroupSparseMatrix
 from vllm_gqsa.kernels import linear
 
@@ -30,15 +29,9 @@ def int8_activations() -> bool:
     """Whether 8-bit activations change anything: without a kernel for them the variable is not read."""
     matrix = GroupSparseMatrix.synthesize(64, 256, generator=torch.Generator().manual_seed(0))
     x = activations(1, 256)
-    before = os.environ.pop("GQSA_CPU_ACT", None)
     exact = linear(x, matrix)
-    os.environ.update(INT8)
-    try:
+    with environment(INT8):
         return not torch.equal(linear(x, matrix), exact)
-    finally:
-        os.environ.pop("GQSA_CPU_ACT")
-        if before is not None:
-            os.environ["GQSA_CPU_ACT"] = before
 
 
 def activations(m: int, k: int) -> torch.Tensor:

@@ -84,7 +84,7 @@ def prepare(settings: dict[str, Any]) -> tuple[dict[str, Any], Callable[[dict[st
     int8 = int8_activations()
     # One shape at a time is in memory.
     baselines = functools.lru_cache(1)(lambda n, k: Baselines(n, k, cache))
-    ours = functools.lru_cache(1)(lambda *shape: gqsa_contestants(*shape, cache))
+    ours = functools.lru_cache(1)(lambda n, k, sparsity, size: gqsa_contestants(n, k, sparsity, size, cache))
 
     def answer(question: dict[str, Any]) -> dict[str, Any]:
         case = Case(**question)

@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.demo.report import processor
 
-__all__ = ["cache_bytes", "core", "facts", "one_thread", "slug", "versions"]
+__all__ = ["cache_bytes", "core", "facts", "one_thread", "processor", "slug", "versions"]
 
 CPUINFO = Path("/proc/cpuinfo")
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")

@@ -13,7 +13,7 @@ from benchmarks.cpu.errors import BenchmarkError
 from benchmarks.demo.errors import DemoError
 from benchmarks.demo.model import find_gguf, write_dense_model, write_texts
 
-__all__ = ["FORMS", "LINEARS", "ONE_B", "write_dummy", "write_smollm2"]
+__all__ = ["FORMS", "LINEARS", "ONE_B", "bits_per_weight", "vocabulary", "write_dummy", "write_smollm2"]
 
 FORMS = ("dense", "int4", "gqsa")
 SPARSITY = 0.5
@@ -65,16 +65,20 @@ def gptq_config(group_size: int) -> dict[str, Any]:
     }
 
 
-def gqsa_config(config: dict[str, Any]) -> dict[str, Any]:
-    """``quantization_config`` of a GQSA checkpoint of a Llama, all linears but the output compressed."""
+def linear_sizes(config: dict[str, Any]) -> tuple[tuple[int, int], ...]:
+    """Outputs and inputs of :data:`LINEARS` in a Llama."""
     heads, kv_heads, head = (config[key] for key in ("num_attention_heads", "num_key_value_heads", "head_dim"))
     hidden, inner = config["hidden_size"], config["intermediate_size"]
-    sizes = ((heads * head, hidden), (kv_heads * head, hidden), (kv_heads * head, hidden), (hidden, heads * head))
-    sizes = (*sizes, (inner, hidden), (inner, hidden), (hidden, inner))
+    attention = ((heads * head, hidden), (kv_heads * head, hidden), (kv_heads * head, hidden), (hidden, heads * head))
+    return (*attention, (inner, hidden), (inner, hidden), (hidden, inner))
+
+
+def gqsa_config(config: dict[str, Any]) -> dict[str, Any]:
+    """``quantization_config`` of a GQSA checkpoint of a Llama, all linears but the output compressed."""
     modules = {
         f"model.layers.{i}.{name}": {"nnz": rows * round(columns // GROUP_SIZE * (1 - SPARSITY))}
         for i in range(config["num_hidden_layers"])
-        for name, (rows, columns) in zip(LINEARS, sizes, strict=True)
+        for name, (rows, columns) in zip(LINEARS, linear_sizes(config), strict=True)
     }
     return {
         "quant_method": "gqsa",
@@ -168,3 +172,31 @@ def _compress(dense: Path, folder: Path, calibration: Path, log: Path) -> None:
         status = subprocess.call(command, stdout=output, stderr=subprocess.STDOUT)
     if status != 0:
         raise BenchmarkError(f"gqsa compress failed with status {status}; see {log}")
+
+
+def vocabulary(folder: Path) -> int:
+    """How many tokens the model in a folder knows."""
+    size: int = json.loads((folder / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+    return size
+
+
+def bits_per_weight(folder: Path) -> float:
+    """Bits that a weight of the linear layers takes on the average, scales and everything counted.
+
+    Args:
+        folder: dense, or what :func:`gptq_config` or GQSA describe.
+    """
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    quantization = config.get("quantization_config")
+    if quantization is None:
+        return 16
+    size = quantization["group_size"]
+    if quantization["quant_method"] == "gptq":
+        return 4 + 16 / size
+    sizes = linear_sizes(config)
+    nnz = sum(each["nnz"] for each in quantization["modules"].values())
+    layers = config["num_hidden_layers"]
+    rows = layers * sum(n for n, _ in sizes)
+    mask = layers * sum(n * -(-k // (8 * size)) for n, k in sizes)
+    weights = layers * sum(n * k for n, k in sizes)
+    return 8 * (nnz * (size / 2 + 2) + mask + 4 * (rows + layers * len(sizes))) / weights

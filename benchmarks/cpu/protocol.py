@@ -4,6 +4,7 @@ Every contestant lives in a process of its own, tied to one core, and waits for 
 contestants can alternate, and what slows the machine down for a while hits all of them alike.
 """
 
+import contextlib
 import json
 import os
 import select
@@ -20,7 +21,8 @@ from benchmarks.cpu.errors import BenchmarkError
 __all__ = ["Worker", "serve"]
 
 Message = dict[str, Any]
-_PATIENCE = 10
+# vLLM takes its time to end; there is nothing it would lose.
+_PATIENCE = 1
 
 
 def serve(prepare: Callable[[Message], tuple[Message, Callable[[Message], Message]]]) -> None:
@@ -142,10 +144,8 @@ class Worker:
             return
         assert process.stdin is not None
         assert process.stdout is not None
-        try:
+        with contextlib.suppress(BrokenPipeError):
             process.stdin.close()
-        except BrokenPipeError:
-            pass
         try:
             process.wait(_PATIENCE)
         except subprocess.TimeoutExpired:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-__all__ = ["Contestant", "Times", "race", "ratio"]
+__all__ = ["Contestant", "Times", "environment", "race", "ratio"]
 
 BURST = 0.002
 """Seconds one contestant runs before the next has its turn: short against drift, long against a clock's tick."""
@@ -102,7 +102,7 @@ def _burst(contestant: Contestant, first: int, calls: int) -> float:
     """Seconds a call over ``calls`` calls from the copy ``first`` on."""
     every = contestant.calls
     chosen = [every[i % len(every)] for i in range(first, first + calls)]
-    with _environment(contestant.environment):
+    with environment(contestant.environment):
         start = time.perf_counter()
         for call in chosen:
             call()
@@ -110,7 +110,8 @@ def _burst(contestant: Contestant, first: int, calls: int) -> float:
 
 
 @contextlib.contextmanager
-def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+def environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables for a while."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:

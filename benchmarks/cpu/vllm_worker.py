@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from benchmarks.cpu.timing import environment
+
 __all__ = ["Stopwatch", "prepare"]
 
 PROMPT = 32
@@ -105,17 +107,11 @@ def prepare(settings: dict[str, Any]) -> tuple[dict[str, Any], Callable[[dict[st
         ]
         sampling = SamplingParams(max_tokens=tokens, ignore_eos=True, temperature=0, detokenize=False)
         watch = Stopwatch(batch)
-        before = os.environ.copy()
-        os.environ.update(question.get("environment", {}))
-        try:
-            if question.get("look_inside"):
-                llm.apply_model(watch.watch)
+        if question["look_inside"]:
+            llm.apply_model(watch.watch)
+        with environment(question["environment"]):
             outputs = llm.generate(prompts, sampling, use_tqdm=False)
-        finally:
-            watch.remove()
-            for name in question.get("environment", {}):
-                os.environ.pop(name)
-            os.environ.update(before)
+        watch.remove()
         return {**_times([output.metrics for output in outputs], tokens), "watched": watch.steps, **watch.seconds}
 
     facts = {"seconds": time.monotonic() - start, "threads": torch.get_num_threads()}
