@@ -43,6 +43,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="tiny cases, to see that it works")
     options = parser.parse_args(arguments)
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    for name in machine.INT8:
+        os.environ.pop(name, None)  # set where 8-bit activations have their turn, and nowhere else
     path = options.results / f"cpu-{machine.slug(machine.processor())}.json"
     try:
         if options.part != "report":
@@ -145,7 +147,7 @@ def run_kernels(folder: Path, cases: tuple[kernels.Case, ...]) -> dict[str, Any]
             row = worker.ask(dataclasses.asdict(case), _KERNEL_TIMEOUT)
             rows.append(row)
             speed = row["speedup"]["GQSA"]["torch bf16"]
-            say(f"kernels {i}/{len(cases)}: M = {case.m}, {case.n} x {case.k}: {speed:.2f} x torch bf16")
+            say(f"kernels {i}/{len(cases)}: {case}: {speed:.2f} x torch bf16")
         return {**worker.ready, "rows": rows, "seconds": time.monotonic() - start}
 
 

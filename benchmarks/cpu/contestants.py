@@ -9,16 +9,15 @@ import torch.nn.functional as F
 
 from benchmarks.cpu.errors import BenchmarkError
 from benchmarks.cpu.int4 import Int4Linear, dequantize
+from benchmarks.cpu.machine import INT8
 from benchmarks.cpu.timing import Contestant, environment
 from vllm_gqsa.format import GroupSparseMatrix
 from vllm_gqsa.kernels import linear
 
-__all__ = ["COLD", "INT8", "Baselines", "gqsa_contestants", "int8_activations"]
+__all__ = ["COLD", "Baselines", "gqsa_contestants", "int8_activations"]
 
 COLD = 4
 """How many times the last-level cache the copies of one contestant fill at least."""
-INT8 = {"GQSA_CPU_ACT": "int8"}
-"""Asks for the kernel with 8-bit activations; read at every call."""
 INT4_GROUPS = (128, 64, 32)
 """Group sizes of vLLM's INT4, of which the first that divides the inputs is taken; most checkpoints have 128."""
 FLOAT32_TOKENS = 64

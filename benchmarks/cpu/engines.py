@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.cpu import llamacpp
 from benchmarks.cpu.errors import BenchmarkError
-from benchmarks.cpu.machine import core, one_thread
+from benchmarks.cpu.machine import INT8, core, one_thread
 from benchmarks.cpu.models import bits_per_weight, vocabulary
 from benchmarks.cpu.protocol import Worker
 
@@ -101,8 +101,7 @@ def vllm_entrants(
             say(f"vLLM, {NAMES[form]}: ready after {worker.ready['seconds']:.0f} s")
             entrants.append(Entrant(NAMES[form], "vLLM", worker, bits_per_weight(folder)))
             if form == "gqsa" and worker.ready["int8_activations"]:
-                int8 = {"GQSA_CPU_ACT": "int8"}
-                entrants.append(Entrant(f"{NAMES[form]} int8", "vLLM", worker, bits_per_weight(folder), int8))
+                entrants.append(Entrant(f"{NAMES[form]} int8", "vLLM", worker, bits_per_weight(folder), INT8))
         yield entrants
 
 

@@ -38,6 +38,10 @@ class Case:
     sparsity: float = 0.5
     group_size: int = 16
 
+    def __str__(self) -> str:
+        sparsity = f"S{100 * self.sparsity:.0f} G{self.group_size}"
+        return f"{self.n} x {self.k}, {sparsity}, M = {self.m} in {self.dtype}"
+
 
 _LAYERS = (
     ("SmolLM2-135M", "qkv", 960, 576),

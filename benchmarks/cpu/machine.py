@@ -8,11 +8,13 @@ from typing import Any
 
 from benchmarks.demo.report import processor
 
-__all__ = ["cache_bytes", "core", "facts", "one_thread", "processor", "slug", "versions"]
+__all__ = ["INT8", "cache_bytes", "core", "facts", "one_thread", "processor", "slug", "versions"]
 
 CPUINFO = Path("/proc/cpuinfo")
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+INT8 = {"GQSA_CPU_ACT": "int8"}
+"""Asks for the group-sparse kernel with 8-bit activations; read at every call."""
 # Where the system does not tell: large for one core, so that data stays cold.
 DEFAULT_CACHE = 64 << 20
 _FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_tile", "amx_int8", "amx_bf16")
