@@ -27,6 +27,8 @@ PARTS = ("kernels", "engines", "llamacpp")
 QUICK = engines.Effort(batches=(1,), rounds=1, seconds=0.2)
 QUICK_ONE_B = {**models.ONE_B, "num_hidden_layers": 1, "vocab_size": 1024}
 LLAMA_CPP = Path("build/llama-cpp-venv")
+BUSY = 0.5
+"""Load of the machine before a run above which a warning is given."""
 _KERNEL_TIMEOUT = 300
 _BEGIN = time.monotonic()
 
@@ -75,6 +77,9 @@ def run(parts: tuple[str, ...], options: argparse.Namespace, path: Path) -> None
     effort = dataclasses.replace(effort, eager=not options.compile)
     config = QUICK_ONE_B if options.quick else models.ONE_B
     sources, llama = prepare(parts, options.folder, config)
+    load = os.getloadavg()[0]
+    if load > BUSY:
+        say(f"something else runs here (load {load:.1f}); figures will be off")
     start = time.monotonic()
     date = f"{datetime.now(UTC):%Y-%m-%dT%H:%MZ}"
     found: dict[str, dict[str, Any]] = {}
@@ -92,7 +97,7 @@ def run(parts: tuple[str, ...], options: argparse.Namespace, path: Path) -> None
     for part in ("kernels", "engines"):
         if part in found:
             found[part]["versions"] = machine.versions()
-    write(path, {part: {"date": date, **found[part]} for part in PARTS if part in found})
+    write(path, {part: {"date": date, "load_before": load, **found[part]} for part in PARTS if part in found})
     say(f"measured in {time.monotonic() - start:.0f} s: {path}")
 
 

@@ -22,10 +22,8 @@ __all__ = ["BATCHES", "Effort", "Entrant", "llamacpp_entrants", "race", "vllm_en
 BATCHES = (1, 4, 16)
 NAMES = {"dense": "dense bf16", "int4": "vLLM INT4", "gqsa": "GQSA S50"}
 _LOAD_TIMEOUT = 600
-_WARM_UP_TOKENS = 4
+_WARM_UP_TOKENS = 6
 _TOKENS = (3, 49)
-# Steps so slow that one round must do.
-_SLOW_STEP = 0.5
 
 
 @dataclass(frozen=True)
@@ -36,6 +34,8 @@ class Effort:
         batches: requests at a time.
         rounds: of every contestant in turn.
         seconds: of decoding in one turn, about.
+        most: seconds that all turns of a contestant with one batch may take, prefill included; what is slow gets
+            fewer rounds, but one in any case.
         eager: vLLM without compilation. Compiling takes a C++ compiler and a minute a contestant, and its linears
             cannot be timed apart.
     """
@@ -43,6 +43,7 @@ class Effort:
     batches: tuple[int, ...] = BATCHES
     rounds: int = 3
     seconds: float = 1.5
+    most: float = 9.0
     eager: bool = True
 
 
@@ -140,40 +141,39 @@ def race(model: str, entrants: Sequence[Entrant], effort: Effort, say: Callable[
     rows = []
     for batch in effort.batches:
         inside = [_look_inside(each, batch, effort) for each in entrants]
-        # Steps of the warm-up tell how many tokens fill a turn.
-        steps = [1e-3 * each["step_ms"] for each in inside]
         runs: list[list[dict[str, Any]]] = [[] for _ in entrants]
         for turn in range(effort.rounds):
-            for entrant, step, found in zip(entrants, steps, runs, strict=True):
-                if turn == 0 or step < _SLOW_STEP:
-                    found.append(entrant.measure(batch, tokens_of(step, effort.seconds)))
+            for entrant, warm_up, found in zip(entrants, inside, runs, strict=True):
+                tokens, rounds = plan(warm_up, effort)
+                if turn < rounds:
+                    found.append(entrant.measure(batch, tokens))
         for entrant, found, facts in zip(entrants, runs, inside, strict=True):
             rows.append(summary(model, entrant, batch, found, facts))
             say(f"{model}, batch {batch}, {entrant.name}: {rows[-1]['tokens_per_second']:.1f} tokens/s")
     return rows
 
 
-def tokens_of(step: float, seconds: float) -> int:
-    """How many tokens to generate for about ``seconds`` of decoding, at ``step`` seconds a token."""
+def plan(warm_up: Mapping[str, Any], effort: Effort) -> tuple[int, int]:
+    """How many tokens to generate in a turn, and in how many rounds, by what the warm-up took."""
+    step = warm_up["decode"] / warm_up["steps"]
     least, most = _TOKENS
-    return max(least, min(most, 1 + int(seconds / step)))
+    tokens = max(least, min(most, 1 + int(effort.seconds / step)))
+    rounds = int(effort.most / (warm_up["prefill"] + step * (tokens - 1)))
+    return tokens, max(1, min(effort.rounds, rounds))
 
 
 def _look_inside(entrant: Entrant, batch: int, effort: Effort) -> dict[str, Any]:
-    """Warm up, then time the modules: milliseconds a step in the linears and in the output layer."""
-    entrant.measure(batch, 2)
+    """Warm up, and time the modules: adds milliseconds a step in the linears and in the output layer."""
     look = effort.eager and entrant.engine == "vLLM"
     found = entrant.measure(batch, _WARM_UP_TOKENS, look_inside=look)
-    step = 1e3 * found["decode"] / found["steps"]
     if not look:
-        return {"step_ms": step, "linears_ms": None, "lm_head_ms": None}
-    if found["watched"] != found["steps"]:
+        return {**found, "linears_ms": None, "lm_head_ms": None}
+    if found["watched"] != found["steps"] - 1:
         raise BenchmarkError(
-            f"{entrant.worker.name}: {found['watched']} steps were watched, {found['steps']} taken; "
+            f"{entrant.worker.name}: {found['watched']} steps were timed, {found['steps'] - 1} expected; "
             "the requests did not go on in step"
         )
-    inside = {f"{kind}_ms": 1e3 * found[kind] / found["steps"] for kind in ("linears", "lm_head")}
-    return {"step_ms": step, **inside}
+    return {**found, **{f"{kind}_ms": 1e3 * found[kind] / found["watched"] for kind in ("linears", "lm_head")}}
 
 
 def summary(

@@ -8,6 +8,14 @@ from benchmarks.cpu.report import DENSE, engine_rows, ratio_to, speedup
 __all__ = ["plot"]
 
 _COLOURS = {"GQSA": "tab:blue", "GQSA int8": "tab:cyan", "vLLM INT4": "tab:orange", "vLLM bf16": "tab:green"}
+_ENGINE_COLOURS = {
+    "dense bf16": "tab:green",
+    "vLLM INT4": "tab:orange",
+    "GQSA S50": "tab:blue",
+    "GQSA S50 int8": "tab:cyan",
+    "llama.cpp Q4_0": "tab:gray",
+    "llama.cpp Q2_K": "silver",
+}
 
 
 def plot(document: dict[str, Any], path: Path) -> None:
@@ -82,7 +90,7 @@ def _by_batch(axis: Any, document: dict[str, Any], model: str) -> None:  # noqa:
     for i, name in enumerate(names):
         values = [ratio_to(document, model, batch, name, DENSE) or 0 for batch in batches]
         places = [j + 0.8 * (i / len(names) - 0.4) for j in range(len(batches))]
-        axis.bar(places, values, 0.8 / len(names), label=name)
+        axis.bar(places, values, 0.8 / len(names), label=name, color=_ENGINE_COLOURS.get(name))
     axis.set_xticks(range(len(batches)), [f"batch {batch}" for batch in batches])
     _finish(axis.axhline, axis, f"{model}: tokens/s over {DENSE} in vLLM")
 

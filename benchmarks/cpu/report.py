@@ -24,7 +24,7 @@ def markdown(document: Row) -> str:
         f"{' '.join(machine['features'])}; last-level cache {cache:.0f} MiB. One thread on one core throughout. "
         "Contestants take turns; figures are medians.",
         "",
-        *(f"* {name}: {part['date']}, {part['seconds']:.0f} s{_versions(part)}" for name, part in parts.items()),
+        *(f"* {name}: {_circumstances(part)}" for name, part in parts.items()),
     ]
     lines += _section("Targets", _target_table(document))
     lines += _section("Kernels, data not in any cache", _kernel_tables(parts.get("kernels")))
@@ -32,8 +32,11 @@ def markdown(document: Row) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _versions(part: Row) -> str:
-    return "".join(f", {name} {version}" for name, version in part.get("versions", {}).items())
+def _circumstances(part: Row) -> str:
+    """When a part was measured, for how long, on how busy a machine, and what with."""
+    versions = (f"{name} {version}" for name, version in part.get("versions", {}).items())
+    load = f"load before {number(part.get('load_before'), 1)}"
+    return ", ".join((part["date"], f"{part['seconds']:.0f} s", load, *versions))
 
 
 def _section(title: str, body: Sequence[str]) -> list[str]:

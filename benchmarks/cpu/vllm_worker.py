@@ -21,9 +21,11 @@ ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WAR
 class Stopwatch:
     """Adds up the seconds that modules take in steps of one token a request.
 
+    The prefill is left out, and so is the first step after it, in which kernels are chosen and made.
+
     Attributes:
         seconds: by kind of module.
-        steps: how often the output layer ran, prefill left out.
+        steps: how many were timed.
     """
 
     def __init__(self, batch: int) -> None:
@@ -32,7 +34,7 @@ class Stopwatch:
         self.steps = 0
         self._hooks: list[Any] = []
         self._began = 0.0
-        self._prefilled = False
+        self._skip = 2
 
     def watch(self, model: Any) -> None:  # noqa: ANN401 - a torch module; vLLM hands it over untyped
         """Put hooks on a model's linear layers and on its output layer."""
@@ -52,15 +54,17 @@ class Stopwatch:
         self._began = time.perf_counter()
 
     def _linear(self, _module: object, inputs: tuple[Any, ...], _output: object) -> None:
-        if inputs[0].shape[0] == self.batch:
+        if self._skip == 0:
+            assert inputs[0].shape[0] == self.batch, "requests do not go on in step"
             self.seconds["linears"] += time.perf_counter() - self._began
 
     def _output(self, *_: object) -> None:
-        # The first one ends the prefill, whose linears have seen more tokens than there are requests.
-        if self._prefilled:
-            self.seconds["lm_head"] += time.perf_counter() - self._began
-            self.steps += 1
-        self._prefilled = True
+        # The output layer comes last in a step.
+        if self._skip:
+            self._skip -= 1
+            return
+        self.seconds["lm_head"] += time.perf_counter() - self._began
+        self.steps += 1
 
     def remove(self) -> None:
         """Take the hooks off again."""
