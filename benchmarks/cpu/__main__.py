@@ -91,9 +91,11 @@ def run(parts: tuple[str, ...], options: argparse.Namespace, path: Path) -> None
         for part, engine in (("engines", "vLLM"), ("llamacpp", "llama.cpp")):
             chosen = [row for row in rows if row["engine"] == engine]
             if chosen:
-                found[part] = {"seconds": seconds, "effort": dataclasses.asdict(effort), "rows": chosen}
+                found[part] = {"seconds": seconds, "rows": chosen}
     if "llamacpp" in found:
         found["llamacpp"]["versions"] = {"llama-cpp-python": llamacpp.LLAMA_CPP_PYTHON}
+    if "engines" in found:
+        found["engines"]["effort"] = dataclasses.asdict(effort)
     for part in ("kernels", "engines"):
         if part in found:
             found[part]["versions"] = machine.versions()

@@ -36,7 +36,9 @@ def _circumstances(part: Row) -> str:
     """When a part was measured, for how long, on how busy a machine, and what with."""
     versions = (f"{name} {version}" for name, version in part.get("versions", {}).items())
     load = f"load before {number(part.get('load_before'), 1)}"
-    return ", ".join((part["date"], f"{part['seconds']:.0f} s", load, *versions))
+    eager = part.get("effort", {}).get("eager")
+    mode = [] if eager is None else ["without compilation" if eager else "compiled"]
+    return ", ".join((part["date"], f"{part['seconds']:.0f} s", load, *mode, *versions))
 
 
 def _section(title: str, body: Sequence[str]) -> list[str]:

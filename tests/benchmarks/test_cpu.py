@@ -536,3 +536,4 @@ def test_all_parts_are_written(tmp_path, monkeypatch, capsys, document):
     written = json.loads((tmp_path / f"cpu-{machine.slug(machine.processor())}.json").read_text())
     assert set(written["parts"]) == {"kernels", "engines", "llamacpp"}
     assert written["parts"]["engines"]["effort"]["batches"] == [1, 4, 16]
+    assert "without compilation" in next(line for line in text.splitlines() if line.startswith("* engines"))
