@@ -12,7 +12,7 @@ from benchmarks.cpu.int4 import Int4Linear, dequantize
 from benchmarks.cpu.machine import INT8
 from benchmarks.cpu.timing import Contestant, environment
 from vllm_gqsa.format import GroupSparseMatrix
-from vllm_gqsa.kernels import linear
+from vllm_gqsa.kernels import linear, prepare
 
 __all__ = ["COLD", "Baselines", "gqsa_contestants", "int8_activations"]
 
@@ -26,7 +26,7 @@ FLOAT32_TOKENS = 64
 
 def int8_activations() -> bool:
     """Whether 8-bit activations change anything: without a kernel for them the variable is not read."""
-    matrix = GroupSparseMatrix.synthesize(64, 256, generator=torch.Generator().manual_seed(0))
+    matrix = prepare(GroupSparseMatrix.synthesize(64, 256, generator=torch.Generator().manual_seed(0)))
     x = activations(1, 256)
     exact = linear(x, matrix)
     with environment(INT8):
@@ -55,7 +55,7 @@ def gqsa_contestants(
         activations to race too.
     """
     first = GroupSparseMatrix.synthesize(n, k, group_size, sparsity, torch.Generator().manual_seed(0))
-    matrices = _copies(first, first.nbytes, cache_bytes, _clone)
+    matrices = _copies(prepare(first), first.nbytes, cache_bytes, lambda _: prepare(first))
 
     def contestants(m: int, dtype: torch.dtype, int8: bool) -> list[Contestant]:
         x = activations(m, k).to(dtype)
@@ -138,8 +138,3 @@ def vllm_linear(weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
 
 def _copies(first: Any, size: int, cache_bytes: int, clone: Callable[[Any], Any]) -> list[Any]:  # noqa: ANN401
     return [first, *(clone(first) for _ in range(COLD * cache_bytes // size))]
-
-
-def _clone(matrix: GroupSparseMatrix) -> GroupSparseMatrix:
-    tensors = {name: tensor.clone() for name, tensor in matrix.tensors().items()}
-    return GroupSparseMatrix.from_tensors(tensors, matrix.in_features, matrix.group_size)

@@ -18,7 +18,7 @@ struct Multiply {
         for_chunks(row, [&](auto whole, int64_t chunk, const uint32_t* offsets) GQSA_INLINE_LAMBDA {
             // weight = scale * code + shift, without rounding
             alignas(64) float scales[16], shifts[16];
-            const __m256i scale_zero = load_scale_zero<G, whole>(weight, chunk, row);
+            const __m256i scale_zero = load_scale_zero<G, whole, Tokens>(weight, chunk, row);
             const __m512 scale = scales_of(scale_zero);
             const __m512i zero = _mm512_and_si512(_mm512_cvtepu16_epi32(scale_zero), _mm512_set1_epi32(15));
             _mm512_store_ps(scales, scale);
@@ -26,7 +26,7 @@ struct Multiply {
             for (int block = 0; block < chunk_blocks; ++block) {
                 const uint16_t* words = weight.words + (chunk * chunk_blocks + block) * 32;
                 if (G >= 16 && !whole && !row.touches(chunk * 16 + block * 8)) continue;
-                fetch_ahead(words);
+                fetch(words, kCodesAhead);
 #pragma GCC unroll 2
                 for (int half = 0; half < 2; ++half) {
                     const __m512i codes =
@@ -47,8 +47,8 @@ struct Multiply {
                             }
                         } else {  // two groups, with scales and inputs of their own
                             const int a = 2 * unit, b = 2 * unit + 1;
-                            const __m512 scale_ab = join(_mm256_set1_ps(scales[a]), _mm256_set1_ps(scales[b]));
-                            const __m512 shift_ab = join(_mm256_set1_ps(shifts[a]), _mm256_set1_ps(shifts[b]));
+                            const __m512 scale_ab = join(scales[a], scales[b]);
+                            const __m512 shift_ab = join(shifts[a], shifts[b]);
                             const __m512 values = _mm512_fmadd_ps(code, scale_ab, shift_ab);
                             const float* xa = reinterpret_cast<const float*>(x + offsets[a]);
                             const float* xb = reinterpret_cast<const float*>(x + offsets[b]);
@@ -64,8 +64,6 @@ struct Multiply {
         });
         for (int m = 0; m < Tokens; ++m) sums[m] = add_up(totals[0][m], totals[1][m]);
     }
-
-    static __m512 join(__m256 low, __m256 high) { return _mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1); }
 };
 
 void multiply(const Call& call, int64_t begin, int64_t end, uint32_t* offsets) {

@@ -3,6 +3,8 @@
 
 #include <immintrin.h>
 
+#include <cstdlib>
+
 #include "rows.h"
 
 namespace gqsa::cpu {
@@ -14,10 +16,11 @@ struct alignas(64) Lanes {
     T value[64 / sizeof(T)];
 };
 
-constexpr int64_t kAhead = 4096;  // bytes of codes fetched ahead of their use: about the latency of memory
+// How many bytes ahead of their use codes and scales are fetched from memory.
+constexpr int64_t kCodesAhead = 4096, kScalesAhead = 512;
 
-inline void fetch_ahead(const uint16_t* words) {
-    _mm_prefetch(reinterpret_cast<const char*>(words) + kAhead, _MM_HINT_T0);
+inline void fetch(const void* at, int64_t ahead) {
+    _mm_prefetch(static_cast<const char*>(at) + ahead, _MM_HINT_T0);
 }
 
 inline uint32_t ones(int64_t from, int64_t to) {  // bits from..to - 1 of 16, clamped
@@ -26,10 +29,12 @@ inline uint32_t ones(int64_t from, int64_t to) {  // bits from..to - 1 of 16, cl
 }
 
 // The 16-bit words of the 16 units of a chunk, 0 for those outside of the row: scale 0 and zero point 0.
-template <int G, bool whole>
+template <int G, bool whole, int Tokens>
 inline __m256i load_scale_zero(const Weight& weight, int64_t chunk, const Row& row) {
     constexpr int parts = units_per_group(G);
     const int64_t first = chunk * 16;
+    // With one token the hardware keeps up by itself, and is slower when it is helped.
+    if (Tokens > 1) fetch(weight.scale_zero + first / parts, kScalesAhead);
     if constexpr (parts == 1 && whole) {
         return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(weight.scale_zero + first));
     } else if constexpr (parts == 1) {
@@ -62,6 +67,9 @@ GQSA_INLINE void for_chunks(const Row& row, Add add) {
     }
 }
 
+inline __m512 join(__m256 low, __m256 high) { return _mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1); }
+inline __m512 join(float low, float high) { return join(_mm256_set1_ps(low), _mm256_set1_ps(high)); }
+
 inline __m512 scales_of(__m256i scale_zero) {
     const __m256i bits = _mm256_and_si256(scale_zero, _mm256_set1_epi16(static_cast<short>(0xFFF0)));
     return _mm512_cvtph_ps(_mm256_srli_epi16(bits, 1));
@@ -70,22 +78,32 @@ inline __m512 scales_of(__m256i scale_zero) {
 // Twin of append_offsets, 16 groups at a time.
 template <int G>
 inline uint32_t* append_offsets_512(const Weight& weight, int64_t row, uint32_t stride, uint32_t* out) {
-    if constexpr (units_per_group(G) > 1) {
-        return append_offsets<G>(weight, row, stride, out);
-    } else {
-        const uint8_t* mask = weight.group_mask + row * weight.mask_stride;
-        const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-        const __m512i step = _mm512_set1_epi32(static_cast<int>(stride * 16));
-        __m512i offset = _mm512_mullo_epi32(lane, _mm512_set1_epi32(static_cast<int>(stride)));
-        for (int64_t byte = 0; byte < weight.mask_stride; byte += 2) {
-            uint32_t bits = mask[byte];
-            if (byte + 1 < weight.mask_stride) bits |= uint32_t{mask[byte + 1]} << 8;
-            _mm512_storeu_si512(out, _mm512_maskz_compress_epi32(static_cast<__mmask16>(bits), offset));
-            out += __builtin_popcount(bits);
-            offset = _mm512_add_epi32(offset, step);
+    constexpr int parts = units_per_group(G);
+    const uint8_t* mask = weight.group_mask + row * weight.mask_stride;
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i unit = _mm512_set1_epi32(static_cast<int>(stride));
+    const __m512i step = _mm512_set1_epi32(static_cast<int>(stride * 16 * parts));
+    __m512i offset = _mm512_mullo_epi32(lane, _mm512_set1_epi32(static_cast<int>(stride * parts)));
+    for (int64_t byte = 0; byte < weight.mask_stride; byte += 2) {
+        uint32_t bits = mask[byte];
+        if (byte + 1 < weight.mask_stride) bits |= uint32_t{mask[byte + 1]} << 8;
+        const __m512i kept = _mm512_maskz_compress_epi32(static_cast<__mmask16>(bits), offset);
+        const int count = __builtin_popcount(bits) * parts;
+        if constexpr (parts == 1) {
+            _mm512_storeu_si512(out, kept);
+        } else {
+            for (int at = 0; at < count; at += 16) {
+                const __m512i each = _mm512_add_epi32(lane, _mm512_set1_epi32(at));
+                const __m512i group = _mm512_srli_epi32(each, parts == 2 ? 1 : parts == 4 ? 2 : 3);
+                const __m512i part = _mm512_and_si512(each, _mm512_set1_epi32(parts - 1));
+                const __m512i first = _mm512_permutexvar_epi32(group, kept);
+                _mm512_storeu_si512(out + at, _mm512_add_epi32(first, _mm512_mullo_epi32(part, unit)));
+            }
         }
-        return out;
+        out += count;
+        offset = _mm512_add_epi32(offset, step);
     }
+    return out;
 }
 
 inline float add_up(__m256 lanes) {
@@ -99,53 +117,92 @@ inline float add_up(__m512 a, __m512 b) {
     return add_up(_mm256_add_ps(_mm512_castps512_ps256(both), _mm512_extractf32x8_ps(both, 1)));
 }
 
-// 16 floats to `out`, rounded to nearest even; `count` of them.
-inline void store_values(__m512 values, Dtype dtype, void* out, int64_t at, int count) {
-    const __mmask16 mask = static_cast<__mmask16>((1u << count) - 1);
-    if (dtype == Dtype::float32) {
-        _mm512_mask_storeu_ps(static_cast<float*>(out) + at, mask, values);
-        return;
+// Stores floats as `dtype`, rounded to nearest even: 16 of them, or 8 and 8 where the group size is 8.
+template <int G, Dtype dtype>
+inline void store_unit(__m512 values, char* first, char* second) {
+    if constexpr (dtype == Dtype::float32) {
+        if constexpr (G < 16) {
+            _mm256_storeu_ps(reinterpret_cast<float*>(first), _mm512_castps512_ps256(values));
+            _mm256_storeu_ps(reinterpret_cast<float*>(second), _mm512_extractf32x8_ps(values, 1));
+        } else {
+            _mm512_storeu_ps(first, values);
+        }
+    } else {
+        __m256i halves;
+        if constexpr (dtype == Dtype::float16) {
+            halves = _mm512_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+        } else {  // a weight is never NaN
+            const __m512i bits = _mm512_castps_si512(values);
+            const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+            const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7FFF));
+            halves = _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+        }
+        if constexpr (G < 16) {
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(first), _mm256_castsi256_si128(halves));
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(second), _mm256_extracti128_si256(halves, 1));
+        } else {
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(first), halves);
+        }
     }
-    __m256i halves;
-    if (dtype == Dtype::float16) {
-        halves = _mm512_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    } else {  // a weight is never NaN
-        const __m512i bits = _mm512_castps_si512(values), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-        const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7FFF));
-        halves = _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+}
+
+template <int G, Dtype dtype>
+inline void dequantize_rows_512(const Weight& weight, int64_t begin, int64_t end, char* out) {
+    constexpr int parts = units_per_group(G), chunk_blocks = G < 16 ? 1 : 2, units_in_block = G < 16 ? 16 : 8;
+    constexpr int64_t element = dtype == Dtype::float32 ? 4 : 2;
+    const __m512 code_values = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const int64_t row_size = weight.in_features * element;
+    // No std::vector: its code, made for these instructions, could be linked into files that are not.
+    const size_t count = static_cast<size_t>(weight.in_features / 8 + 31 + 128);
+    uint32_t* const scratch = static_cast<uint32_t*>(std::malloc(count * sizeof(uint32_t)));
+    alignas(64) char nowhere[64];  // for units of other rows
+    for (int64_t r = begin; r < end; ++r, out += row_size) {
+        std::memset(out, 0, static_cast<size_t>(row_size));
+        const Row row{int64_t{weight.crow_indices[r]} * parts, int64_t{weight.crow_indices[r + 1]} * parts,
+                      scratch};
+        append_offsets_512<G>(weight, r, unit_size(G) * element, scratch + (row.begin & 15));
+        for_chunks(row, [&](auto whole, int64_t chunk, const uint32_t* offsets) GQSA_INLINE_LAMBDA {
+            alignas(64) float scales[16], zeros[16];
+            const __m256i scale_zero = load_scale_zero<G, whole, 1>(weight, chunk, row);
+            const __m512i zero = _mm512_and_si512(_mm512_cvtepu16_epi32(scale_zero), _mm512_set1_epi32(15));
+            _mm512_store_ps(scales, scales_of(scale_zero));
+            _mm512_store_ps(zeros, _mm512_cvtepi32_ps(zero));
+            const auto target = [&](int unit) {
+                const int64_t at = chunk * 16 + unit;
+                return whole || (at >= row.begin && at < row.end) ? out + offsets[unit] : nowhere;
+            };
+            for (int block = 0; block < chunk_blocks; ++block) {
+                if (!whole && G >= 16 && !row.touches(chunk * 16 + block * units_in_block)) continue;
+                const uint16_t* words = weight.words + (chunk * chunk_blocks + block) * 32;
+                for (int half = 0; half < 2; ++half) {
+                    const __m512i codes =
+                        _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(words + half * 16)));
+#pragma GCC unroll 4
+                    for (int n = 0; n < 4; ++n) {
+                        const int unit = block * 8 + 2 * n + half;
+                        const int a = G < 16 ? 2 * unit : unit, b = G < 16 ? 2 * unit + 1 : unit;
+                        const __m512 code = _mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4 * n), code_values);
+                        const __m512 scale = G < 16 ? join(scales[a], scales[b]) : _mm512_set1_ps(scales[a]);
+                        const __m512 middle = G < 16 ? join(zeros[a], zeros[b]) : _mm512_set1_ps(zeros[a]);
+                        store_unit<G, dtype>(_mm512_mul_ps(_mm512_sub_ps(code, middle), scale), target(a), target(b));
+                    }
+                }
+            }
+        });
     }
-    _mm256_mask_storeu_epi16(static_cast<uint16_t*>(out) + at, mask, halves);
+    std::free(scratch);
 }
 
 // Twin of dequantize.
 inline void dequantize_512(const Weight& weight, int64_t begin, int64_t end, Dtype dtype, void* out) {
-    const int size = weight.group_size, pieces = size < 16 ? 1 : size / 16, length = unit_size(size);
-    const int64_t row_bytes = weight.in_features * (dtype == Dtype::float32 ? 4 : 2);
-    std::memset(out, 0, static_cast<size_t>((end - begin) * row_bytes));
-    const __m512 code_values = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    int64_t group = weight.crow_indices[begin];
-    for (int64_t row = begin; row < end; ++row) {
-        const uint8_t* mask = weight.group_mask + row * weight.mask_stride;
-        for (int64_t byte = 0; byte < weight.mask_stride; ++byte) {
-            for (uint32_t bits = mask[byte]; bits; bits &= bits - 1, ++group) {
-                const uint16_t word = weight.scale_zero[group];
-                const __m512 scale = scales_of(_mm256_set1_epi16(static_cast<short>(word)));
-                const __m512 zero = _mm512_set1_ps(static_cast<float>(word & 15));
-                int64_t at = (row - begin) * weight.in_features + (byte * 8 + lowest_bit(bits)) * size;
-                for (int piece = 0; piece < pieces; ++piece, at += 16) {
-                    const int64_t unit = size < 16 ? group / 2 : group * pieces + piece;
-                    const uint16_t* words = weight.words + (unit >> 3) * 32 + (unit & 1) * 16;
-                    const __m256i packed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(words));
-                    const __m128i shift = _mm_cvtsi32_si128(static_cast<int>(4 * (unit >> 1 & 3)));
-                    const __m512i codes = _mm512_srl_epi32(_mm512_cvtepu16_epi32(packed), shift);
-                    __m512 values = _mm512_permutexvar_ps(codes, code_values);
-                    values = _mm512_mul_ps(_mm512_sub_ps(values, zero), scale);
-                    if (size < 16 && group & 1) values = _mm512_shuffle_f32x4(values, values, 0x4E);
-                    store_values(values, dtype, out, at, length);
-                }
-            }
+    char* bytes = static_cast<char*>(out);
+    for_group_size(weight.group_size, [&](auto size) {
+        switch (dtype) {
+            case Dtype::bfloat16: return dequantize_rows_512<size, Dtype::bfloat16>(weight, begin, end, bytes);
+            case Dtype::float16: return dequantize_rows_512<size, Dtype::float16>(weight, begin, end, bytes);
+            default: return dequantize_rows_512<size, Dtype::float32>(weight, begin, end, bytes);
         }
-    }
+    });
 }
 
 inline bool has_avx512() {

@@ -46,14 +46,14 @@ struct Multiply {
             for (__m512& lanes : total) lanes = _mm512_setzero_ps();
         }
         for_chunks(row, [&](auto whole, int64_t chunk, const uint32_t* offsets) GQSA_INLINE_LAMBDA {
-            const __m256i scale_zero = load_scale_zero<G, whole>(weight, chunk, row);
+            const __m256i scale_zero = load_scale_zero<G, whole, Tokens>(weight, chunk, row);
             const __m512 scales = scales_of(scale_zero);
             const __m512i zeros = _mm512_castsi256_si512(_mm256_and_si256(scale_zero, _mm256_set1_epi16(15)));
 #pragma GCC unroll 2
             for (int block = 0; block < 2; ++block) {
                 if (!whole && !row.touches(chunk * 16 + block * 8)) continue;
                 const uint16_t* words = weight.words + (chunk * 2 + block) * 32;
-                fetch_ahead(words);
+                fetch(words, kCodesAhead);
                 const __m512i codes = _mm512_loadu_si512(words);
 #pragma GCC unroll 2
                 for (int pair = 0; pair < 2; ++pair) {

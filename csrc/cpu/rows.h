@@ -131,15 +131,15 @@ inline void for_rows(const Call& call, int64_t begin, int64_t end, uint32_t* off
     const int64_t first_block = call.tokens <= kTokenBlock ? call.tokens : (call.tokens / 2 + 1) / 2 * 2;
     // Several rows at a time: their offsets are ready when they are used, and their codes stay in the first cache when
     // there is more than one block of tokens.
-    for (int64_t first = begin; first < end; first += kRowsAtOnce) {
+    for (int64_t first = begin, count; first < end; first += count) {
         Row rows[kRowsAtOnce];
-        const int64_t count = first + kRowsAtOnce < end ? kRowsAtOnce : end - first;
         uint32_t* at = offsets;
-        for (int64_t i = 0; i < count; ++i) {
-            rows[i] = {int64_t{weight.crow_indices[first + i]} * units_per_group(G),
-                       int64_t{weight.crow_indices[first + i + 1]} * units_per_group(G), at};
-            for (int64_t before = rows[i].begin & 15; before; --before) *at++ = zeros;
-            at = append(weight, first + i, stride, at);
+        for (count = 0; count < kRowsAtOnce && first + count < end && at < offsets + kUnitsAtOnce; ++count) {
+            const int32_t* pointers = weight.crow_indices + first + count;
+            Row& row = rows[count];
+            row = {int64_t{pointers[0]} * units_per_group(G), int64_t{pointers[1]} * units_per_group(G), at};
+            for (int64_t before = row.begin & 15; before; --before) *at++ = zeros;
+            at = append(weight, first + count, stride, at);
             for (int after = 0; after < 16; ++after) *at++ = zeros;
         }
         for (int64_t token = 0, next = first_block; token < call.tokens; token = next, next = call.tokens) {
