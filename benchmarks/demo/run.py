@@ -95,10 +95,10 @@ def demo(folder: Path, samples: int) -> dict[str, Any]:
             f"{SANE_PERPLEXITY}: it was not read rightly; delete {dense} and try again"
         )
 
-    step(f"3/5  compressing: {100 * SPARSITY:.0f} % of groups of {GROUP_SIZE} pruned, the rest INT4")
+    step(f"3/5  compressing: {100 * SPARSITY:.0f} % of groups of {GROUP_SIZE} pruned, the rest and the head INT4")
     compress(dense, ours, calibration, evaluation, samples)
     inspection = gqsa_json("inspect", ours)
-    say(f"{len(inspection['modules'])} linears compressed; all of them: {bin_path('gqsa')} inspect {ours}")
+    say(f"{len(inspection['modules'])} matrices compressed; all of them: {bin_path('gqsa')} inspect {ours}")
     our_perplexity = perplexity(ours, evaluation)
 
     step("4/5  the dense model in vLLM")
@@ -111,7 +111,7 @@ def demo(folder: Path, samples: int) -> dict[str, Any]:
     console.print()
     show_answers(console, dense_answers, our_answers)
     show_figures(console, left, right, f"W4S{100 * SPARSITY:.0f} G{GROUP_SIZE}")
-    console.print(f"Serve it yourself: {bin_path('vllm')} serve {ours} --quantization gqsa --dtype float32")
+    console.print(f"Serve it yourself: {bin_path('vllm')} serve {ours} --quantization gqsa")
     return headline(left, right, time.monotonic() - start)
 
 
@@ -125,7 +125,7 @@ def compress(dense: Path, ours: Path, calibration: Path, evaluation: Path, sampl
         shutil.rmtree(ours)
     gqsa(
         "compress", str(dense), str(ours),
-        "--sparsity", str(SPARSITY), "--group-size", str(GROUP_SIZE),
+        "--sparsity", str(SPARSITY), "--group-size", str(GROUP_SIZE), "--lm-head", "0",
         "--calibration", str(calibration), "--samples", str(samples), "--context", str(CONTEXT),
         "--eval-text", str(evaluation), "--eval-windows", str(EVAL_WINDOWS),
     )  # fmt: skip
