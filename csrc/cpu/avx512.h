@@ -153,7 +153,7 @@ inline void dequantize_rows_512(const Weight& weight, int64_t begin, int64_t end
     const __m512 code_values = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const int64_t row_size = weight.in_features * element;
     // No std::vector: its code, made for these instructions, could be linked into files that are not.
-    const size_t count = static_cast<size_t>(weight.in_features / 8 + 31 + 128);
+    const size_t count = static_cast<size_t>(scratch_size(weight.in_features));
     uint32_t* const scratch = static_cast<uint32_t*>(std::malloc(count * sizeof(uint32_t)));
     alignas(64) char nowhere[64];  // for units of other rows
     for (int64_t r = begin; r < end; ++r, out += row_size) {

@@ -19,13 +19,9 @@ enum class Operand : int32_t { float32, bfloat16, int8 };  // what the activatio
 
 constexpr int kMaxTokens = 16;   // tokens a call of Kernel::multiply, at most
 constexpr int kTokenBlock = 8;   // tokens whose sums are kept in registers at a time, at most
-// Rows whose inputs are looked up together: at most so many, and no more once there are so many units.
-constexpr int kRowsAtOnce = 8, kUnitsAtOnce = 1024;
-// Numbers in the scratch memory that Kernel::multiply needs: one row too many, up to 15 numbers before each row and 16
-// after it, and room for the last vectors to be stored.
-constexpr int64_t scratch_size(int64_t in_features) {
-    return kUnitsAtOnce + in_features / 8 + kRowsAtOnce * 31 + 128;
-}
+// Numbers in the scratch memory that Kernel::multiply needs: a row's units, up to 15 numbers before and 16 after them,
+// and room for the last vectors to be stored.
+constexpr int64_t scratch_size(int64_t in_features) { return in_features / 8 + 31 + 128; }
 
 struct Weight {
     const int32_t* crow_indices;   // [rows + 1]

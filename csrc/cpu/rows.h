@@ -109,18 +109,17 @@ struct Row {
     bool touches(int64_t first) const { return first < end && first + 8 > begin; }
 };
 
-// Never inlined: the code for all numbers of tokens in one function would spill registers.
+// Runs Multiply::run<G, tokens>(call, row, first token, sums) and stores the sums. Never inlined: the code for all numbers
+// of tokens in one function would spill registers.
 template <class Multiply, int G, int Tokens>
-__attribute__((noinline)) void run_rows(const Call& call, const Row* rows, int64_t count, int64_t first, int64_t token) {
-    for (int64_t i = 0; i < count; ++i) {
-        float sums[Tokens];
-        Multiply::template run<G, Tokens>(call, rows[i], token, sums);
-        for (int m = 0; m < Tokens; ++m) store_sum(call, first + i, token + m, sums[m]);
-    }
+__attribute__((noinline)) void run_row(const Call& call, const Row& row, int64_t r, int64_t token) {
+    float sums[Tokens];
+    Multiply::template run<G, Tokens>(call, row, token, sums);
+    for (int m = 0; m < Tokens; ++m) store_sum(call, r, token + m, sums[m]);
 }
 
-// Runs Multiply::run<G, tokens>(call, row, first token, sums) for all rows and tokens. `element` is the size of a
-// prepared activation; `append` is append_offsets or a faster twin.
+// Runs Multiply for all rows and tokens, one row after the other: with several in turn, memory is read in more places at
+// once, and twice as slowly. `element` is the size of a prepared activation; `append` is append_offsets or a faster twin.
 template <class Multiply, int G, class Append>
 inline void for_rows(const Call& call, int64_t begin, int64_t end, uint32_t* offsets, uint32_t element, Append append) {
     const Weight& weight = call.weight;
@@ -129,23 +128,15 @@ inline void for_rows(const Call& call, int64_t begin, int64_t end, uint32_t* off
     // More tokens than a block holds are two blocks of about the same size, the first one even: 9 are 4 and 5.
     static_assert(kMaxTokens == 2 * kTokenBlock);
     const int64_t first_block = call.tokens <= kTokenBlock ? call.tokens : (call.tokens / 2 + 1) / 2 * 2;
-    // Several rows at a time: their offsets are ready when they are used, and their codes stay in the first cache when
-    // there is more than one block of tokens.
-    for (int64_t first = begin, count; first < end; first += count) {
-        Row rows[kRowsAtOnce];
+    for (int64_t r = begin; r < end; ++r) {
+        const Row row{int64_t{weight.crow_indices[r]} * units_per_group(G),
+                      int64_t{weight.crow_indices[r + 1]} * units_per_group(G), offsets};
         uint32_t* at = offsets;
-        for (count = 0; count < kRowsAtOnce && first + count < end && at < offsets + kUnitsAtOnce; ++count) {
-            const int32_t* pointers = weight.crow_indices + first + count;
-            Row& row = rows[count];
-            row = {int64_t{pointers[0]} * units_per_group(G), int64_t{pointers[1]} * units_per_group(G), at};
-            for (int64_t before = row.begin & 15; before; --before) *at++ = zeros;
-            at = append(weight, first + count, stride, at);
-            for (int after = 0; after < 16; ++after) *at++ = zeros;
-        }
+        for (int64_t before = row.begin & 15; before; --before) *at++ = zeros;
+        at = append(weight, r, stride, at);
+        for (int after = 0; after < 16; ++after) *at++ = zeros;
         for (int64_t token = 0, next = first_block; token < call.tokens; token = next, next = call.tokens) {
-            for_tokens(next - token, [&](auto tokens) {
-                run_rows<Multiply, G, tokens>(call, rows, count, first, token);
-            });
+            for_tokens(next - token, [&](auto tokens) { run_row<Multiply, G, tokens>(call, row, r, token); });
         }
     }
 }
