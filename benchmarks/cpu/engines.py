@@ -20,7 +20,7 @@ from benchmarks.cpu.protocol import Worker
 __all__ = ["BATCHES", "Effort", "Entrant", "llamacpp_entrants", "race", "vllm_entrants"]
 
 BATCHES = (1, 4, 16)
-NAMES = {"dense": "dense bf16", "int4": "vLLM INT4", "gqsa": "GQSA S50"}
+NAMES = {"dense": "dense bf16", "int4": "vLLM INT4", "gqsa": "GQSA S50", "gqsa_head": "GQSA S50, INT4 head"}
 _LOAD_TIMEOUT = 600
 _WARM_UP_TOKENS = 6
 _TOKENS = (3, 49)

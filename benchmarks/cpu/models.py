@@ -1,4 +1,4 @@
-"""The folders that vLLM serves: a 1B-shaped model without weights, and SmolLM2-135M in three forms."""
+"""The folders that vLLM serves: a 1B-shaped model without weights, and SmolLM2-135M, in several forms."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ from benchmarks.demo.model import find_gguf, write_dense_model, write_texts
 
 __all__ = ["FORMS", "LINEARS", "ONE_B", "bits_per_weight", "vocabulary", "write_dummy", "write_smollm2"]
 
-FORMS = ("dense", "int4", "gqsa")
+FORMS = ("dense", "int4", "gqsa", "gqsa_head")
 SPARSITY = 0.5
 GROUP_SIZE = 16
 LINEARS = (
@@ -27,6 +27,7 @@ LINEARS = (
     "mlp.up_proj",
     "mlp.down_proj",
 )
+EMBEDDING = "model.embed_tokens"
 ONE_B: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -73,13 +74,20 @@ def linear_sizes(config: dict[str, Any]) -> tuple[tuple[int, int], ...]:
     return (*attention, (inner, hidden), (inner, hidden), (hidden, inner))
 
 
-def gqsa_config(config: dict[str, Any]) -> dict[str, Any]:
-    """``quantization_config`` of a GQSA checkpoint of a Llama, all linears but the output compressed."""
+def gqsa_config(config: dict[str, Any], *, head: bool) -> dict[str, Any]:
+    """``quantization_config`` of a GQSA checkpoint of a Llama with tied embeddings.
+
+    Args:
+        config: of the dense model.
+        head: whether the output layer is compressed too, nothing pruned.
+    """
     modules = {
         f"model.layers.{i}.{name}": {"nnz": rows * round(columns // GROUP_SIZE * (1 - SPARSITY))}
         for i in range(config["num_hidden_layers"])
         for name, (rows, columns) in zip(LINEARS, linear_sizes(config), strict=True)
     }
+    if head:
+        modules[EMBEDDING] = {"nnz": config["vocab_size"] * config["hidden_size"] // GROUP_SIZE}
     return {
         "quant_method": "gqsa",
         "format_version": 1,
@@ -87,14 +95,19 @@ def gqsa_config(config: dict[str, Any]) -> dict[str, Any]:
         "group_size": GROUP_SIZE,
         "sparsity": SPARSITY,
         "pattern": "row",
-        "ignore": ["lm_head"],
+        "ignore": [] if head else ["lm_head"],
         "modules": modules,
     }
 
 
 def write_dummy(folder: Path, config: dict[str, Any]) -> dict[str, Path]:
     """Folders with nothing but a config.json, for ``load_format="dummy"``; returns them by form."""
-    quantization = {"dense": None, "int4": gptq_config(128), "gqsa": gqsa_config(config)}
+    quantization = {
+        "dense": None,
+        "int4": gptq_config(128),
+        "gqsa": gqsa_config(config, head=False),
+        "gqsa_head": gqsa_config(config, head=True),
+    }
     folders = {}
     for form, each in quantization.items():
         folders[form] = folder / form
@@ -105,7 +118,7 @@ def write_dummy(folder: Path, config: dict[str, Any]) -> dict[str, Path]:
 
 
 def write_smollm2(folder: Path, say: Callable[[str], None]) -> dict[str, Path]:
-    """SmolLM2-135M dense, as GPTQ and as GQSA; what is there already is kept. Returns the folders by form.
+    """SmolLM2-135M dense, as GPTQ and twice as GQSA; what is there already is kept. Returns the folders by form.
 
     The quantised forms are made for speed alone: rounding to nearest, and a one-shot compression of few samples.
 
@@ -119,9 +132,11 @@ def write_smollm2(folder: Path, say: Callable[[str], None]) -> dict[str, Path]:
         write_dense_model(find_gguf(), folders["dense"])
         if not (folders["int4"] / "config.json").exists():
             write_gptq(folders["dense"], folders["int4"], group_size=64)
-        if not (folders["gqsa"] / "config.json").exists():
-            write_texts(folder / "calibration.txt", folder / "eval.txt")
-            _compress(folders["dense"], folders["gqsa"], folder / "calibration.txt", folder / "compress.log")
+        for form, options in (("gqsa", ()), ("gqsa_head", ("--lm-head", "0"))):
+            if not (folders[form] / "config.json").exists():
+                write_texts(folder / "calibration.txt", folder / "eval.txt")
+                calibration, log = folder / "calibration.txt", folder / "compress.log"
+                _compress(folders["dense"], folders[form], calibration, log, *options)
     except DemoError as error:
         raise BenchmarkError(str(error)) from error
     if time.monotonic() - start > 1:
@@ -162,11 +177,11 @@ def write_gptq(dense: Path, folder: Path, group_size: int) -> None:
     partial.rename(folder)
 
 
-def _compress(dense: Path, folder: Path, calibration: Path, log: Path) -> None:
+def _compress(dense: Path, folder: Path, calibration: Path, log: Path, *options: str) -> None:
     command = [
         str(Path(sys.executable).with_name("gqsa")), "compress", str(dense), str(folder),
         "--sparsity", str(SPARSITY), "--group-size", str(GROUP_SIZE),
-        "--calibration", str(calibration), "--samples", str(_SAMPLES), "--context", str(_CONTEXT),
+        "--calibration", str(calibration), "--samples", str(_SAMPLES), "--context", str(_CONTEXT), *options,
     ]  # fmt: skip
     with log.open("w", encoding="utf-8") as output:
         status = subprocess.call(command, stdout=output, stderr=subprocess.STDOUT)
@@ -194,7 +209,7 @@ def bits_per_weight(folder: Path) -> float:
     if quantization["quant_method"] == "gptq":
         return 4 + 16 / size
     sizes = linear_sizes(config)
-    nnz = sum(each["nnz"] for each in quantization["modules"].values())
+    nnz = sum(each["nnz"] for name, each in quantization["modules"].items() if name != EMBEDDING)
     layers = config["num_hidden_layers"]
     rows = layers * sum(n for n, _ in sizes)
     mask = layers * sum(n * -(-k // (8 * size)) for n, k in sizes)
