@@ -186,8 +186,8 @@ def _engine_table(document: Row) -> list[str]:
     inside = ("of it linears", "of it output layer", "ms prefill", "bits a weight")
     return [
         "Tokens a second of all requests together after their first tokens; prompts of 32 tokens. The output layer "
-        "is dense bf16 in vLLM and quantised in llama.cpp. Bits a weight: in vLLM of the linear layers, in llama.cpp "
-        "of the whole model.",
+        "is dense bf16 in vLLM but where it says INT4 head, and quantised in llama.cpp. Bits a weight: in vLLM of the "
+        "linear layers, in llama.cpp of the whole model.",
         "",
         *table((*header, *inside), cells, 2),
     ]

