@@ -109,25 +109,15 @@ struct Row {
     bool touches(int64_t first) const { return first < end && first + 8 > begin; }
 };
 
-// Runs Multiply::run<G, tokens>(call, row, first token, sums) and stores the sums. Never inlined: the code for all numbers
-// of tokens in one function would spill registers.
-template <class Multiply, int G, int Tokens>
-__attribute__((noinline)) void run_row(const Call& call, const Row& row, int64_t r, int64_t token) {
-    float sums[Tokens];
-    Multiply::template run<G, Tokens>(call, row, token, sums);
-    for (int m = 0; m < Tokens; ++m) store_sum(call, r, token + m, sums[m]);
-}
-
-// Runs Multiply for all rows and tokens, one row after the other: with several in turn, memory is read in more places at
-// once, and twice as slowly. `element` is the size of a prepared activation; `append` is append_offsets or a faster twin.
-template <class Multiply, int G, class Append>
-inline void for_rows(const Call& call, int64_t begin, int64_t end, uint32_t* offsets, uint32_t element, Append append) {
+// Rows begin..end for the tokens from `token` on: Multiply::run<G, Tokens>(call, row, first token, sums). One row after
+// the other: with several in turn, memory is read in more places at once, and up to three times as slowly. Never inlined:
+// the code for all numbers of tokens in one function would spill registers.
+template <class Multiply, int G, int Tokens, class Append>
+__attribute__((noinline)) void run_rows(const Call& call, int64_t begin, int64_t end, int64_t token, uint32_t* offsets,
+                                        uint32_t element, Append append) {
     const Weight& weight = call.weight;
     const uint32_t stride = static_cast<uint32_t>(call.padded_tokens) * unit_size(G) * element;
     const uint32_t zeros = static_cast<uint32_t>(weight.in_features / unit_size(G)) * stride;
-    // More tokens than a block holds are two blocks of about the same size, the first one even: 9 are 4 and 5.
-    static_assert(kMaxTokens == 2 * kTokenBlock);
-    const int64_t first_block = call.tokens <= kTokenBlock ? call.tokens : (call.tokens / 2 + 1) / 2 * 2;
     for (int64_t r = begin; r < end; ++r) {
         const Row row{int64_t{weight.crow_indices[r]} * units_per_group(G),
                       int64_t{weight.crow_indices[r + 1]} * units_per_group(G), offsets};
@@ -135,9 +125,34 @@ inline void for_rows(const Call& call, int64_t begin, int64_t end, uint32_t* off
         for (int64_t before = row.begin & 15; before; --before) *at++ = zeros;
         at = append(weight, r, stride, at);
         for (int after = 0; after < 16; ++after) *at++ = zeros;
-        for (int64_t token = 0, next = first_block; token < call.tokens; token = next, next = call.tokens) {
-            for_tokens(next - token, [&](auto tokens) { run_row<Multiply, G, tokens>(call, row, r, token); });
-        }
+        float sums[Tokens];
+        Multiply::template run<G, Tokens>(call, row, token, sums);
+        for (int m = 0; m < Tokens; ++m) store_sum(call, r, token + m, sums[m]);
+    }
+}
+
+// Runs Multiply for all rows and tokens. `element` is the size of a prepared activation; `append` is append_offsets or a
+// faster twin.
+template <class Multiply, int G, class Append>
+inline void for_rows(const Call& call, int64_t begin, int64_t end, uint32_t* offsets, uint32_t element, Append append) {
+    if (call.tokens <= kTokenBlock) {
+        for_tokens(call.tokens, [&](auto tokens) {
+            run_rows<Multiply, G, tokens>(call, begin, end, 0, offsets, element, append);
+        });
+        return;
+    }
+    // Two blocks of about the same size, the first one even: 9 are 4 and 5. Row by row, so that the second finds the
+    // row's codes in the first cache.
+    static_assert(kMaxTokens == 2 * kTokenBlock);
+    const int64_t first = (call.tokens / 2 + 1) / 2 * 2;
+    for (int64_t r = begin; r < end; ++r) {
+        const auto run_block = [&](int64_t token, int64_t count) {
+            for_tokens(count, [&](auto tokens) {
+                run_rows<Multiply, G, tokens>(call, r, r + 1, token, offsets, element, append);
+            });
+        };
+        run_block(0, first);
+        run_block(first, call.tokens - first);
     }
 }
 
