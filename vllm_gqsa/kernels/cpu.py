@@ -8,6 +8,7 @@ C interface (torch 2.10 on).
 import ctypes
 import functools
 import logging
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +27,9 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _BLOCK_BYTES = 64
 """Bytes of codes in a block of the layout, see csrc/cpu/kernel.h."""
 
-_DENSE_FROM = {"portable": 4, "avx2": 16, "avx512": 1 << 62, "avx512_bf16": 32, "avx512_vnni": 32}
-"""Tokens from which expanding the weight and multiplying by it with oneDNN is faster than each kernel; measured at
-4096 x 4096 and at SmolLM2's shapes, half of the groups pruned. In float32 oneDNN never was: it does twice the work."""
+_DENSE_FROM = {"portable": 2, "avx2": 8, "avx512": math.inf, "avx512_bf16": 16, "avx512_vnni": 16}
+"""Tokens times the share of kept groups from which expanding the weight and multiplying by it with oneDNN is faster than
+each kernel; measured at 4096 x 4096 and at SmolLM2's shapes. In float32 oneDNN never was: it does twice the work."""
 
 _CHUNK_BYTES = 1 << 20
 """Dense weight expanded at a time; it should stay in the second-level cache until it is multiplied."""
@@ -262,7 +263,8 @@ def linear_cpu(
     tokens = flat.shape[0]
     chosen = kernel or choose_kernel(x.dtype, weight.group_size, os.environ.get("GQSA_CPU_ACT", ""))
     invariant = kernel is not None or os.environ.get("VLLM_BATCH_INVARIANT") == "1"
-    if tokens >= _DENSE_FROM[chosen] and not invariant:
+    kept = weight.scale_zero.shape[0] * weight.group_size / (rows * weight.in_features)
+    if tokens * kept >= _DENSE_FROM[chosen] and not invariant:
         out = _linear_dense(flat, weight, bias, chosen)
     else:
         if flat.stride(-1) != 1:
