@@ -29,7 +29,7 @@ _BLOCK_BYTES = 64
 
 _DENSE_FROM = {"portable": 2, "avx2": 8, "avx512": math.inf, "avx512_bf16": 16, "avx512_vnni": 16}
 """Tokens times the share of kept groups from which expanding the weight and multiplying by it with oneDNN is faster
-than each kernel; measured at 4096 x 4096 and at SmolLM2's shapes. In float32 oneDNN never was: it does twice the work."""
+than each kernel; measured at 4096 x 4096 and SmolLM2's shapes. In float32 oneDNN never was: it does twice the work."""
 
 _CHUNK_BYTES = 1 << 20
 """Dense weight expanded at a time; it should stay in the second-level cache until it is multiplied."""
