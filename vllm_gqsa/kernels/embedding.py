@@ -9,6 +9,7 @@ import torch
 
 from vllm_gqsa.format import GroupSparseMatrix, unpack_bitmap
 from vllm_gqsa.kernels.cpu import PackedMatrix
+from vllm_gqsa.kernels.registry import register
 
 __all__ = ["embedding"]
 
@@ -58,16 +59,7 @@ def _embedding_fake(
     return ids.new_empty((*ids.shape, in_features), dtype=dtype)
 
 
-def _register() -> None:
-    # A second import of this file (reload, a test that clears sys.modules) finds the op in place.
-    if hasattr(torch.ops.gqsa, "embedding"):
-        return
-    torch.library.define(_NAME, _SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.impl(_NAME, "default", _embedding)
-    torch.library.register_fake(_NAME, _embedding_fake)
-
-
-_register()
+register(_NAME, _SCHEMA, _embedding, _embedding_fake)
 
 
 def embedding(

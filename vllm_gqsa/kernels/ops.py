@@ -11,6 +11,7 @@ import torch
 from vllm_gqsa.format import TENSORS, GroupSparseMatrix
 from vllm_gqsa.kernels.cpu import PackedMatrix, available, linear_cpu
 from vllm_gqsa.kernels.reference import linear_reference
+from vllm_gqsa.kernels.registry import register
 
 __all__ = ["linear", "prepare", "restore"]
 
@@ -53,16 +54,7 @@ def _linear_fake(
     return x.new_empty((*x.shape[:-1], crow_indices.shape[0] - 1))
 
 
-def _register() -> None:
-    # A second import of this file (reload, a test that clears sys.modules) finds the op in place.
-    if hasattr(torch.ops.gqsa, "linear"):
-        return
-    torch.library.define(_NAME, _SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.impl(_NAME, "default", _linear)
-    torch.library.register_fake(_NAME, _linear_fake)
-
-
-_register()
+register(_NAME, _SCHEMA, _linear, _linear_fake)
 
 
 def prepare(weight: GroupSparseMatrix) -> GroupSparseMatrix | PackedMatrix:
