@@ -45,7 +45,10 @@ class BuildNative(build_ext):
         return name.replace(".", "/") + ".so"
 
     def build_extension(self, ext: Extension) -> None:
-        compiler = shutil.which(os.environ.get("CXX", "")) or shutil.which("g++") or shutil.which("clang++")
+        wanted = os.environ.get("CXX")
+        compiler = shutil.which(wanted) if wanted else shutil.which("g++") or shutil.which("clang++")
+        if compiler is None and wanted:
+            raise SystemExit(f"CXX={wanted}: there is no such command; set CXX to a C++ compiler or unset it")
         if compiler is None:
             self.warn("no C++ compiler (g++, clang++ or CXX): vllm-gqsa installs without its CPU kernels")
             return

@@ -45,6 +45,12 @@ def test_a_compiler_that_fails_ends_the_installation(source):
     assert not list(source.rglob("*.so"))
 
 
+def test_a_compiler_that_is_not_there_is_named(source):
+    result = setup(source, "build_ext", "--inplace", CXX="no-such-compiler")
+    assert result.returncode != 0
+    assert "CXX=no-such-compiler: there is no such command; set CXX to a C++ compiler or unset it" in result.stderr
+
+
 @pytest.mark.slow
 def test_wheel_serves_every_python_3(source, tmp_path):
     result = setup(source, "bdist_wheel", "--dist-dir", str(tmp_path))

@@ -359,6 +359,17 @@ def test_opcheck():
         torch.library.opcheck(torch.ops.gqsa.linear.default, arguments)
 
 
+def test_a_library_that_does_not_fit_is_named(monkeypatch, tmp_path):
+    (tmp_path / "broken.so").write_bytes(b"not a library")
+    monkeypatch.setattr(cpu, "_LIBRARY", tmp_path / "broken.so")
+    cpu._library.cache_clear()
+    try:
+        with pytest.raises(RuntimeError, match=r"broken.so: does not fit this vllm-gqsa .* install vllm-gqsa again"):
+            prepare(random_matrix(24, 64))
+    finally:
+        cpu._library.cache_clear()
+
+
 def test_without_the_library_the_reference_serves_and_says_so(monkeypatch, caplog, tmp_path):
     weight = random_matrix(24, 64)
     monkeypatch.setattr(cpu, "_LIBRARY", tmp_path / "missing.so")

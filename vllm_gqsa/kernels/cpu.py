@@ -59,7 +59,16 @@ def _library() -> ctypes.CDLL | None:
             "expands its whole weight on every call, which is slow. Install g++ or clang++ and vllm-gqsa again."
         )
         return None
-    library = ctypes.CDLL(str(_LIBRARY))
+    try:
+        return _declare(ctypes.CDLL(str(_LIBRARY)))
+    except (OSError, AttributeError) as error:
+        raise RuntimeError(
+            f"{_LIBRARY}: does not fit this vllm-gqsa or this machine ({error}); install vllm-gqsa again to build it"
+        ) from error
+
+
+def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
+    """Tell ctypes the types of the functions in csrc/cpu/cpu.cpp."""
     pointer, long, int32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
     weight = ctypes.POINTER(_Weight)
     library.gqsa_cpu_kernel.restype = ctypes.c_char_p
