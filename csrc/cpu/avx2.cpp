@@ -1,12 +1,8 @@
 // AVX2 + FMA + F16C: float32 sums, exact weights. Compiled with -mavx2 -mfma -mf16c.
-#include <immintrin.h>
-
-#include "rows.h"
+#include "avx.h"
 
 namespace gqsa::cpu {
 namespace {
-
-constexpr int64_t kAhead = 4096;  // bytes of codes fetched ahead of their use
 
 // weight = scale * code + shift for the 16 units of a chunk, 0 for those outside of [begin, end).
 template <int G>
@@ -32,12 +28,6 @@ void load_scales(const uint16_t* scale_zero, int64_t chunk, int64_t begin, int64
     }
 }
 
-float sum(__m256 lanes) {
-    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(lanes), _mm256_extractf128_ps(lanes, 1));
-    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
-}
-
 struct Multiply {
     template <int G, int Tokens>
     static GQSA_INLINE void run(const Call& call, const Row& row, int64_t token, float* sums) {
@@ -53,7 +43,7 @@ struct Multiply {
             for (int block = 0; block < chunk_blocks; ++block) {
                 const uint16_t* words = weight.words + (chunk * chunk_blocks + block) * 32;
                 if (G >= 16 && !row.touches(chunk * 16 + block * 8)) continue;
-                _mm_prefetch(reinterpret_cast<const char*>(words) + kAhead, _MM_HINT_T0);
+                fetch(words, kCodesAhead);
                 for (int half = 0; half < 2; ++half) {
                     const __m128i* codes = reinterpret_cast<const __m128i*>(words + half * 16);
                     const __m256i first = _mm256_cvtepu16_epi32(_mm_loadu_si128(codes));
@@ -81,7 +71,7 @@ struct Multiply {
                 }
             }
         }
-        for (int m = 0; m < Tokens; ++m) sums[m] = sum(_mm256_add_ps(low[m], high[m]));
+        for (int m = 0; m < Tokens; ++m) sums[m] = add_up(_mm256_add_ps(low[m], high[m]));
     }
 };
 

@@ -1,11 +1,9 @@
 // Shared by the AVX-512 kernels. Unnamed namespace, see numbers.h.
 #pragma once
 
-#include <immintrin.h>
-
 #include <cstdlib>
 
-#include "rows.h"
+#include "avx.h"
 
 namespace gqsa::cpu {
 namespace {
@@ -15,13 +13,6 @@ template <class T>
 struct alignas(64) Lanes {
     T value[64 / sizeof(T)];
 };
-
-// How many bytes ahead of their use codes and scales are fetched from memory.
-constexpr int64_t kCodesAhead = 4096, kScalesAhead = 512;
-
-inline void fetch(const void* at, int64_t ahead) {
-    _mm_prefetch(static_cast<const char*>(at) + ahead, _MM_HINT_T0);
-}
 
 inline uint32_t ones(int64_t from, int64_t to) {  // bits from..to - 1 of 16, clamped
     const uint32_t below = to >= 16 ? 0xFFFF : to <= 0 ? 0 : (1u << to) - 1;
@@ -104,12 +95,6 @@ inline uint32_t* append_offsets_512(const Weight& weight, int64_t row, uint32_t 
         offset = _mm512_add_epi32(offset, step);
     }
     return out;
-}
-
-inline float add_up(__m256 lanes) {
-    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(lanes), _mm256_extractf128_ps(lanes, 1));
-    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 
 inline float add_up(__m512 a, __m512 b) {
