@@ -26,7 +26,7 @@ from setuptools.command.build_ext import build_ext
 
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
 # Each file is compiled for the processors that it is chosen on at run time, and for no others.
-SOURCES = {"csrc/cpu/cpu.cpp": [], "csrc/cpu/portable.cpp": []}
+SOURCES = {"csrc/common/slab.cpp": [], "csrc/cpu/cpu.cpp": [], "csrc/cpu/portable.cpp": []}
 if platform.machine() == "x86_64":
     SOURCES |= {
         "csrc/cpu/avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],

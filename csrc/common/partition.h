@@ -3,13 +3,28 @@
 
 #include <cstdint>
 
+// Marks what both processors call.
+#ifdef __CUDACC__
+#define GQSA_BOTH __host__ __device__
+#else
+#define GQSA_BOTH
+#endif
+
 namespace gqsa {
 
 // First unit of share `share` when `total` units are cut into `shares` parts that differ by at most one unit.
 // share_begin(total, shares, shares) is `total`.
-inline int64_t share_begin(int64_t total, int64_t shares, int64_t share) {
-    const int64_t each = total / shares, rest = total % shares;
+template <class Int>
+GQSA_BOTH inline Int share_begin(Int total, Int shares, Int share) {
+    const Int each = total / shares, rest = total % shares;
     return each * share + (share < rest ? share : rest);
+}
+
+// The share that unit `unit` of `total` falls into; the inverse of share_begin. There are at least as many units as shares.
+template <class Int>
+GQSA_BOTH inline Int share_of(Int total, Int shares, Int unit) {
+    const Int each = total / shares, rest = total % shares, longer = rest * (each + 1);
+    return unit < longer ? unit / (each + 1) : rest + (unit - longer) / each;
 }
 
 // First row of share `share` when rows are cut so that every share has about the same number of kept groups. Whole

@@ -1,9 +1,4 @@
-"""The native CPU kernels (csrc/cpu): finding them, choosing one, laying a matrix out for them, calling them.
-
-The library has a plain C interface and is called through ctypes, so one build serves every version of torch and
-Python. It runs on torch's own threads, which vLLM binds to cores, through ``torch_parallel_for`` of libtorch's stable
-C interface (torch 2.10 on).
-"""
+"""The native CPU kernels (csrc/cpu): choosing one, laying a matrix out for them, calling them."""
 
 import ctypes
 import functools
@@ -11,18 +6,17 @@ import logging
 import math
 import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from vllm_gqsa.format import TENSORS, GroupSparseMatrix
+from vllm_gqsa.kernels import native
 
-__all__ = ["PackedMatrix", "available", "choose_kernel", "kernels", "linear_cpu", "partition"]
+__all__ = ["PackedMatrix", "choose_kernel", "kernels", "linear_cpu", "partition"]
 
 _logger = logging.getLogger(__name__)
 
-_LIBRARY = Path(__file__).with_name("_cpu.so")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _BLOCK_BYTES = 64
 """Bytes of codes in a block of the layout, see csrc/cpu/kernel.h."""
@@ -50,72 +44,34 @@ class _Weight(ctypes.Structure):
     )
 
 
+_INT32, _LONG, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
+_WEIGHT, _THREADS = ctypes.POINTER(_Weight), (_LONG, _POINTER)
+
+
 @functools.cache
-def _library() -> ctypes.CDLL | None:
-    """The library, or None, said once, where it was not built."""
-    if not _LIBRARY.exists():
-        _logger.warning(
-            "vllm-gqsa was installed without its CPU kernels, because no C++ compiler was found then: every linear "
-            "expands its whole weight on every call, which is slow. Install g++ or clang++ and vllm-gqsa again."
-        )
-        return None
-    try:
-        return _declare(ctypes.CDLL(str(_LIBRARY)))
-    except (OSError, AttributeError) as error:
-        raise RuntimeError(
-            f"{_LIBRARY}: does not fit this vllm-gqsa or this machine ({error}); install vllm-gqsa again to build it"
-        ) from error
-
-
-def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
-    """Tell ctypes the types of the functions in csrc/cpu/cpu.cpp."""
-    pointer, long, int32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-    weight = ctypes.POINTER(_Weight)
-    library.gqsa_cpu_kernel.restype = ctypes.c_char_p
-    library.gqsa_cpu_kernel.argtypes = (int32,)
-    library.gqsa_cpu_supported.argtypes = (int32,)
-    library.gqsa_cpu_linear.argtypes = (
-        *(int32, weight, pointer, long, long, int32, pointer, pointer, long),
-        pointer,
+def _library() -> ctypes.CDLL:
+    """The functions of csrc/cpu/cpu.cpp."""
+    return native.library(
+        {
+            "gqsa_cpu_kernel": (ctypes.c_char_p, _INT32),
+            "gqsa_cpu_supported": (_INT32, _INT32),
+            "gqsa_cpu_linear": (
+                *(None, _INT32, _WEIGHT, _POINTER, _LONG, _LONG, _INT32, _POINTER, _POINTER),
+                *_THREADS,
+            ),
+            "gqsa_cpu_dequantize": (None, _INT32, _WEIGHT, _LONG, _LONG, _INT32, _POINTER, *_THREADS),
+            "gqsa_cpu_look_up": (None, _INT32, _WEIGHT, _POINTER, _LONG, _INT32, _POINTER, *_THREADS),
+            "gqsa_cpu_pack": (None, _WEIGHT, _POINTER, _POINTER, _POINTER, *_THREADS),
+            "gqsa_cpu_unpack": (None, _POINTER, _LONG, _POINTER),
+            "gqsa_cpu_partition": (None, _POINTER, _LONG, _LONG, _POINTER),
+        }
     )
-    library.gqsa_cpu_dequantize.argtypes = (int32, weight, long, long, int32, pointer, long, pointer)
-    library.gqsa_cpu_look_up.argtypes = (int32, weight, pointer, long, int32, pointer, long, pointer)
-    library.gqsa_cpu_pack.argtypes = (weight, pointer, pointer, pointer, long, pointer)
-    library.gqsa_cpu_unpack.argtypes = (pointer, long, pointer)
-    library.gqsa_cpu_partition.argtypes = (pointer, long, long, pointer)
-    for name in ("linear", "dequantize", "look_up", "pack", "unpack", "partition"):
-        getattr(library, f"gqsa_cpu_{name}").restype = None
-    return library
-
-
-def _loaded() -> ctypes.CDLL:
-    library = _library()
-    if library is None:
-        raise RuntimeError("vllm-gqsa was installed without its CPU kernels")
-    return library
-
-
-@functools.cache
-def _parallel_for() -> int | None:
-    """Address of libtorch's ``torch_parallel_for``; None (one thread) in a build of torch that hides it."""
-    libtorch = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
-    try:
-        function = libtorch.torch_parallel_for
-    except AttributeError:
-        _logger.warning("torch %s has no torch_parallel_for: the CPU kernels run on one thread", torch.__version__)
-        return None
-    return ctypes.cast(function, ctypes.c_void_p).value
-
-
-def available() -> bool:
-    """Whether the native kernels were built; says so once where they were not."""
-    return _library() is not None
 
 
 @functools.cache
 def kernels() -> dict[str, int]:
     """The kernels that this processor can run, by name, each faster than the one before; with their C indices."""
-    library = _loaded()
+    library = _library()
     found: dict[str, int] = {}
     index = 0
     while (name := library.gqsa_cpu_kernel(index)) is not None:
@@ -190,8 +146,8 @@ class PackedMatrix:
             group_size=matrix.group_size,
         )
         sources = [t.contiguous() for t in (matrix.group_mask, matrix.qweight, matrix.scale_zero)]
-        _loaded().gqsa_cpu_pack(
-            packed._weight(), *(t.data_ptr() for t in sources), torch.get_num_threads(), _parallel_for()
+        _library().gqsa_cpu_pack(
+            packed._weight(), *(t.data_ptr() for t in sources), torch.get_num_threads(), native.parallel_for()
         )
         return packed
 
@@ -199,16 +155,16 @@ class PackedMatrix:
         """The matrix in the checkpoint's order; mask and scales are shared, codes copied."""
         nnz = self.scale_zero.numel()
         qweight = torch.empty(nnz, self.group_size // 2, dtype=torch.uint8)
-        _loaded().gqsa_cpu_unpack(self.qweight.data_ptr(), qweight.numel(), qweight.data_ptr())
+        _library().gqsa_cpu_unpack(self.qweight.data_ptr(), qweight.numel(), qweight.data_ptr())
         return GroupSparseMatrix.from_tensors(self.tensors() | {"qweight": qweight}, self.in_features, self.group_size)
 
     def to_dense(self, start: int, stop: int, dtype: torch.dtype, kernel: str | None = None) -> torch.Tensor:
         """Rows ``start:stop`` of the dense weight, computed in float32 (exact) and rounded once to ``dtype``."""
         out = torch.empty(stop - start, self.in_features, dtype=dtype)
-        _loaded().gqsa_cpu_dequantize(
+        _library().gqsa_cpu_dequantize(
             kernels()[kernel or choose_kernel(dtype, self.group_size)],
             *(self._weight(), start, stop, _DTYPES[dtype], out.data_ptr()),
-            *(torch.get_num_threads(), _parallel_for()),
+            *(torch.get_num_threads(), native.parallel_for()),
         )
         return out
 
@@ -223,10 +179,10 @@ class PackedMatrix:
         if ids.numel() and not (int(ids.min()) >= 0 and int(ids.max()) < rows):
             raise IndexError(f"gqsa::embedding: ids {int(ids.min())}..{int(ids.max())} are outside 0..{rows - 1}")
         out = torch.empty(*ids.shape, self.in_features, dtype=dtype)
-        _loaded().gqsa_cpu_look_up(
+        _library().gqsa_cpu_look_up(
             kernels()[choose_kernel(dtype, self.group_size)],
             *(self._weight(), ids.data_ptr(), ids.numel(), _DTYPES[dtype], out.data_ptr()),
-            *(torch.get_num_threads(), _parallel_for()),
+            *(torch.get_num_threads(), native.parallel_for()),
         )
         return out
 
@@ -279,7 +235,7 @@ def linear_cpu(
         if flat.stride(-1) != 1:
             flat = flat.contiguous()
         out = torch.empty(tokens, rows, dtype=x.dtype)
-        _loaded().gqsa_cpu_linear(
+        _library().gqsa_cpu_linear(
             kernels()[chosen],
             weight._weight(),
             flat.data_ptr(),
@@ -289,7 +245,7 @@ def linear_cpu(
             None if bias is None else bias.contiguous().data_ptr(),
             out.data_ptr(),
             torch.get_num_threads(),
-            _parallel_for(),
+            native.parallel_for(),
         )
     return out.view(*x.shape[:-1], rows)
 
@@ -313,5 +269,5 @@ def partition(crow_indices: torch.Tensor, shares: int) -> list[int]:
         shares: number of threads.
     """
     rows = torch.empty(shares + 1, dtype=torch.int64)
-    _loaded().gqsa_cpu_partition(crow_indices.data_ptr(), crow_indices.numel() - 1, shares, rows.data_ptr())
+    _library().gqsa_cpu_partition(crow_indices.data_ptr(), crow_indices.numel() - 1, shares, rows.data_ptr())
     return rows.tolist()

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 import torch
 
 from vllm_gqsa.format import TENSORS, GroupSparseMatrix
-from vllm_gqsa.kernels.cpu import PackedMatrix, available, linear_cpu
+from vllm_gqsa.kernels import native
+from vllm_gqsa.kernels.cpu import PackedMatrix, linear_cpu
 from vllm_gqsa.kernels.reference import linear_reference
 from vllm_gqsa.kernels.registry import register
 
@@ -66,7 +67,7 @@ def prepare(weight: GroupSparseMatrix) -> GroupSparseMatrix | PackedMatrix:
     Args:
         weight: valid.
     """
-    if weight.qweight.device.type == "cpu" and available():
+    if weight.qweight.device.type == "cpu" and native.available():
         return PackedMatrix.pack(weight)
     return weight
 
