@@ -10,7 +10,7 @@ from hypothesis import given, settings, strategies as st
 
 from tests.helpers import random_matrix
 from vllm_gqsa.format import GROUP_SIZES, GroupSparseMatrix
-from vllm_gqsa.kernels import cpu, linear, prepare, restore
+from vllm_gqsa.kernels import cpu, linear, native, prepare, restore
 from vllm_gqsa.kernels.cpu import PackedMatrix, choose_kernel, kernels, linear_cpu, partition
 from vllm_gqsa.kernels.reference import linear_reference
 
@@ -60,7 +60,7 @@ def test_packing_is_undone_exactly(group_size, density):
     packed = PackedMatrix.pack(weight)
     for name, tensor in packed.unpack().tensors().items():
         assert torch.equal(tensor, weight.tensors()[name]), name
-    assert torch.equal(restore(packed.tensors(), 640, group_size).qweight, weight.qweight)
+    assert torch.equal(restore(packed).qweight, weight.qweight)
 
 
 def test_word_i_of_half_h_holds_code_i_of_four_units():
@@ -355,28 +355,37 @@ def test_strides_of_x_do_not_matter():
 def test_opcheck():
     packed = prepare(random_matrix(24, 64))
     for shape in ((3, 64), (2, 3, 64), (64,), (0, 64)):
-        arguments = (torch.randn(shape), *packed.tensors().values(), 64, 16, torch.randn(24))
+        arguments = (torch.randn(shape), list(packed.tensors().values()), "cpu", 64, 16, torch.randn(24))
         torch.library.opcheck(torch.ops.gqsa.linear.default, arguments)
 
 
-def test_a_library_that_does_not_fit_is_named(monkeypatch, tmp_path):
+@pytest.fixture
+def library_at(monkeypatch):
+    """Pretends that the library lies elsewhere."""
+
+    def forget():
+        cpu._library.cache_clear()
+        native.available.cache_clear()
+
+    def pretend(path):
+        monkeypatch.setattr(native, "_LIBRARY", path)
+        forget()
+
+    yield pretend
+    monkeypatch.undo()
+    forget()
+
+
+def test_a_library_that_does_not_fit_is_named(library_at, tmp_path):
     (tmp_path / "broken.so").write_bytes(b"not a library")
-    monkeypatch.setattr(cpu, "_LIBRARY", tmp_path / "broken.so")
-    cpu._library.cache_clear()
-    try:
-        with pytest.raises(RuntimeError, match=r"broken.so: does not fit this vllm-gqsa .* install vllm-gqsa again"):
-            prepare(random_matrix(24, 64))
-    finally:
-        cpu._library.cache_clear()
+    library_at(tmp_path / "broken.so")
+    with pytest.raises(RuntimeError, match=r"broken.so: does not fit this vllm-gqsa .* install vllm-gqsa again"):
+        prepare(random_matrix(24, 64))
 
 
-def test_without_the_library_the_reference_serves_and_says_so(monkeypatch, caplog, tmp_path):
+def test_without_the_library_the_reference_serves_and_says_so(library_at, caplog, tmp_path):
     weight = random_matrix(24, 64)
-    monkeypatch.setattr(cpu, "_LIBRARY", tmp_path / "missing.so")
-    cpu._library.cache_clear()
-    try:
-        for _ in range(2):
-            assert prepare(weight) is weight
-    finally:
-        cpu._library.cache_clear()
+    library_at(tmp_path / "missing.so")
+    for _ in range(2):
+        assert prepare(weight) is weight
     assert [record.getMessage().count("without its CPU kernels") for record in caplog.records] == [1]

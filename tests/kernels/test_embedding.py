@@ -56,7 +56,7 @@ def test_ids_outside_of_a_packed_table_are_refused(ids):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(shape, dtype):
     weight = random_matrix(24, 64)
-    arguments = (torch.randint(24, shape), *weight.tensors().values(), 64, 16, dtype)
+    arguments = (torch.randint(24, shape), list(weight.tensors().values()), "checkpoint", 64, 16, dtype)
     torch.library.opcheck(torch.ops.gqsa.embedding.default, arguments)
 
 

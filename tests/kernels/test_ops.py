@@ -70,13 +70,13 @@ def test_wrong_width_is_refused():
 def test_opcheck(shape, bias):
     _, weight, b = arguments(bias=bias)
     x = torch.randn(shape)
-    torch.library.opcheck(torch.ops.gqsa.linear.default, (x, *weight.tensors().values(), 64, 16, b))
+    torch.library.opcheck(torch.ops.gqsa.linear.default, (x, list(weight.tensors().values()), "checkpoint", 64, 16, b))
 
 
 def test_opcheck_of_strided_input():
     _, weight, b = arguments()
     x = torch.randn(64, 5).t()
-    torch.library.opcheck(torch.ops.gqsa.linear.default, (x, *weight.tensors().values(), 64, 16, b))
+    torch.library.opcheck(torch.ops.gqsa.linear.default, (x, list(weight.tensors().values()), "checkpoint", 64, 16, b))
 
 
 def test_compiles_whole_for_any_number_of_tokens():

@@ -12,7 +12,7 @@ from vllm.model_executor.layers import linear as vllm_linear, vocab_parallel_emb
 
 from tests.helpers import quantization, random_matrix
 from vllm_gqsa.format import TENSORS, FormatError, GqsaConfig, GroupSparseMatrix
-from vllm_gqsa.kernels import restore
+from vllm_gqsa.kernels import rebuild, restore
 from vllm_gqsa.plugin.config import GqsaQuantizationConfig
 
 HEAD, HEADS, KV_HEADS, K, WIDE = 16, 8, 2, 128, 256
@@ -320,8 +320,8 @@ def test_dummy_weights_are_a_valid_matrix(tp):
         layer = down(config_for(MATRICES, sparsity=0.25))
     layer.quant_method.process_weights_after_loading(layer)
     columns = WIDE // tp[1]
-    tensors = {name: getattr(layer, name).data for name in TENSORS}
-    matrix = restore(tensors, columns, 16)
+    tensors = [getattr(layer, name).data for name in TENSORS]
+    matrix = restore(rebuild(tensors, "cpu", columns, 16))
     matrix.validate("dummy", (K, columns))
     assert matrix.sparsity == 0.25
 

@@ -3,6 +3,7 @@
 Needs torch, not vLLM.
 """
 
-from vllm_gqsa.kernels.ops import linear, prepare, restore
+from vllm_gqsa.kernels.layouts import Matrix, layout_of, prepare, rebuild, restore
+from vllm_gqsa.kernels.ops import linear
 
-__all__ = ["linear", "prepare", "restore"]
+__all__ = ["Matrix", "layout_of", "linear", "prepare", "rebuild", "restore"]

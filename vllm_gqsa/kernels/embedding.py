@@ -5,53 +5,55 @@ at hand and no others: by the native kernels where the table was packed for them
 without waiting for it. Importing this file registers the op.
 """
 
+from dataclasses import replace
+
 import torch
 
 from vllm_gqsa.format import GroupSparseMatrix, unpack_bitmap
 from vllm_gqsa.kernels.cpu import PackedMatrix
+from vllm_gqsa.kernels.cuda import look_up
+from vllm_gqsa.kernels.layouts import Matrix, layout_of, rebuild
 from vllm_gqsa.kernels.registry import register
+from vllm_gqsa.kernels.slab import SlabMatrix
 
 __all__ = ["embedding"]
 
 _NAME = "gqsa::embedding"
-_SCHEMA = (
-    "(Tensor ids, Tensor crow_indices, Tensor group_mask, Tensor qweight, Tensor scale_zero, "
-    "int in_features, int group_size, ScalarType dtype) -> Tensor"
-)
+_SCHEMA = "(Tensor ids, Tensor[] weight, str layout, int in_features, int group_size, ScalarType dtype) -> Tensor"
 
 
 def _embedding(
     ids: torch.Tensor,
-    crow_indices: torch.Tensor,
-    group_mask: torch.Tensor,
-    qweight: torch.Tensor,
-    scale_zero: torch.Tensor,
+    weight: list[torch.Tensor],
+    layout: str,
     in_features: int,
     group_size: int,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    if qweight.dtype == torch.int16:
-        packed = PackedMatrix(crow_indices, group_mask, qweight, scale_zero, in_features, group_size)
-        return packed.look_up(ids, dtype)
-    shape = (*ids.shape, in_features)
-    if not qweight.shape[0]:
+    matrix = rebuild(weight, layout, in_features, group_size)
+    if isinstance(matrix, PackedMatrix):
+        return matrix.look_up(ids, dtype)
+    if isinstance(matrix, SlabMatrix):
+        return look_up(ids, matrix, dtype)
+    return _embedding_reference(ids, matrix, dtype)
+
+
+def _embedding_reference(ids: torch.Tensor, weight: GroupSparseMatrix, dtype: torch.dtype) -> torch.Tensor:
+    shape = (*ids.shape, weight.in_features)
+    if not weight.nnz:
         return torch.zeros(shape, dtype=dtype, device=ids.device)
     rows = ids.flatten()
-    keep = unpack_bitmap(group_mask[rows])[:, : in_features // group_size]  # [M, S]
+    keep = unpack_bitmap(weight.group_mask[rows])[:, : weight.groups_per_row]  # [M, S]
     # As in to_dense: every place takes the last kept group so far, of its row or before, and pruned ones are blanked.
-    source = (crow_indices[rows, None] + keep.cumsum(1) - 1).clamp_(min=0).flatten()
-    groups = GroupSparseMatrix(
-        crow_indices, group_mask, qweight[source], scale_zero[source], in_features, group_size
-    ).dequantize_groups()
+    source = (weight.crow_indices[rows, None] + keep.cumsum(1) - 1).clamp_(min=0).flatten()
+    groups = replace(weight, qweight=weight.qweight[source], scale_zero=weight.scale_zero[source]).dequantize_groups()
     return groups.masked_fill_(~keep.reshape(-1, 1), 0).to(dtype).view(shape)
 
 
 def _embedding_fake(
     ids: torch.Tensor,
-    crow_indices: torch.Tensor,
-    group_mask: torch.Tensor,
-    qweight: torch.Tensor,
-    scale_zero: torch.Tensor,
+    weight: list[torch.Tensor],
+    layout: str,
     in_features: int,
     group_size: int,
     dtype: torch.dtype,
@@ -62,10 +64,8 @@ def _embedding_fake(
 register(_NAME, _SCHEMA, _embedding, _embedding_fake)
 
 
-def embedding(
-    ids: torch.Tensor, weight: GroupSparseMatrix | PackedMatrix, dtype: torch.dtype = torch.float32
-) -> torch.Tensor:
-    """Call ``gqsa::embedding`` with the four tensors of a matrix.
+def embedding(ids: torch.Tensor, weight: Matrix, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Call ``gqsa::embedding`` with the tensors of a matrix.
 
     Args:
         ids: int64 or int32, any shape, also empty; rows of ``weight``.
@@ -77,9 +77,9 @@ def embedding(
         ``dtype``.
 
     Raises:
-        IndexError: an id is no row of ``weight``; not noticed on a GPU, as with ``F.embedding``.
+        IndexError: an id is no row of ``weight``; not noticed on a GPU.
     """
     result: torch.Tensor = torch.ops.gqsa.embedding(
-        ids, *weight.tensors().values(), weight.in_features, weight.group_size, dtype
+        ids, list(weight.tensors().values()), layout_of(weight), weight.in_features, weight.group_size, dtype
     )
     return result

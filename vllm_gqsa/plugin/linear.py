@@ -42,6 +42,8 @@ class GqsaLinearMethod(LinearMethodBase):
         self._staging: Staging | None = None
         self._dummy = False
         self._nnz: int | None = None
+        self._layout = ""
+        self._shapes: dict[str, torch.Size] = {}
         self._params_dtype = torch.float32
 
     def create_weights(
@@ -83,9 +85,14 @@ class GqsaLinearMethod(LinearMethodBase):
         staging.clear()
         self._check_size(matrix)
         self._nnz = matrix.nnz
-        matrix = matrix.to(layer.get_parameter("qweight").device)
-        for piece, tensor in kernels.prepare(matrix).tensors().items():
-            layer.register_parameter(piece, torch.nn.Parameter(tensor.contiguous(), requires_grad=False))
+        prepared = kernels.prepare(matrix, layer.get_parameter("qweight").device)
+        self._check_layout(prepared)
+        for name in {*TENSORS, *self._shapes} & layer._parameters.keys():
+            delattr(layer, name)
+        for name, tensor in prepared.tensors().items():
+            layer.register_parameter(name, torch.nn.Parameter(tensor.contiguous(), requires_grad=False))
+        self._layout = kernels.layout_of(prepared)
+        self._shapes = {name: tensor.shape for name, tensor in prepared.tensors().items()}
 
     def _loaded(self) -> Staging:
         if self._staging is None:
@@ -100,6 +107,15 @@ class GqsaLinearMethod(LinearMethodBase):
                 f"{self._nnz}; only a checkpoint with the same counts can be loaded into a running engine"
             )
 
+    def _check_layout(self, prepared: kernels.Matrix) -> None:
+        # With the same number of groups in all, the CUDA layout may still be longer: rows differ in their lengths.
+        shapes = {name: tensor.shape for name, tensor in prepared.tensors().items()}
+        if self._shapes not in ({}, shapes):
+            raise FormatError(
+                f"{self.sources.layer}: the rows of the reloaded weights keep other numbers of groups than those "
+                "of the running ones; only a checkpoint with the same numbers can be loaded into a running engine"
+            )
+
     def _synthesize(self, plan: ShardPlan) -> GroupSparseMatrix:
         generator = torch.Generator().manual_seed(_DUMMY_SEED)
         return GroupSparseMatrix.synthesize(plan.rows, plan.columns, self.group_size, self.config.sparsity, generator)
@@ -108,10 +124,8 @@ class GqsaLinearMethod(LinearMethodBase):
         """``x W^T + bias``: ``[..., K]`` to ``[..., N]`` in the dtype of ``x``, K and N being this rank's."""
         result: torch.Tensor = torch.ops.gqsa.linear(
             x,
-            layer.crow_indices,
-            layer.group_mask,
-            layer.qweight,
-            layer.scale_zero,
+            [getattr(layer, name) for name in self._shapes],
+            self._layout,
             self.in_features,
             self.group_size,
             bias,
@@ -129,8 +143,8 @@ class GqsaLinearMethod(LinearMethodBase):
             matrix = self._synthesize(staging.plan) if staging.empty and self._dummy else staging.finish()
             matrix = matrix.to(layer.get_parameter("qweight").device)
         else:
-            tensors = {piece: getattr(layer, piece).data for piece in TENSORS}
-            matrix = kernels.restore(tensors, self.in_features, self.group_size)
+            tensors = [getattr(layer, name).data for name in self._shapes]
+            matrix = kernels.restore(kernels.rebuild(tensors, self._layout, self.in_features, self.group_size))
         return matrix.to_dense(self._params_dtype)
 
 
@@ -141,10 +155,8 @@ class GqsaVocabularyMethod(GqsaLinearMethod):
         """Rows ``[..., K]`` of this rank's table for token ids ``[...]``, in the model's dtype."""
         result: torch.Tensor = torch.ops.gqsa.embedding(
             input_,
-            layer.crow_indices,
-            layer.group_mask,
-            layer.qweight,
-            layer.scale_zero,
+            [getattr(layer, name) for name in self._shapes],
+            self._layout,
             self.in_features,
             self.group_size,
             self._params_dtype,
