@@ -1,4 +1,6 @@
 import ctypes
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -51,7 +53,8 @@ def device(request, monkeypatch):
     elif COMPILER is None:
         pytest.skip("needs g++")
     else:
-        library = build_shim()
+        # test_planted.py runs these tests on kernels that it has spoilt.
+        library = Path(os.environ.get("GQSA_TEST_SHIM") or build_shim())
         monkeypatch.setattr(cuda, "_LIBRARY", library)
         chosen = Shim(library)
     _forget()

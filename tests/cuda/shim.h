@@ -7,7 +7,9 @@
 // It shows what a kernel computes, not how fast, nor what a weaker order of memory could do: fences do nothing here.
 #pragma once
 
+#if !defined(__x86_64__)
 #include <ucontext.h>
+#endif
 
 #include <algorithm>
 #include <cmath>
@@ -46,8 +48,44 @@ struct Dim {
     unsigned x;
 };
 
+// Where a fiber, or what runs the fibers, was interrupted. swapcontext asks the operating system about signals on every
+// switch, which takes ten times as long as all the rest.
+#if defined(__x86_64__)
+struct Context {
+    void* stack;
+};
+extern "C" void shim_switch(void** from, void* to);
+asm(R"(
+.text
+shim_switch:
+    push %rbx; push %rbp; push %r12; push %r13; push %r14; push %r15
+    mov %rsp, (%rdi)
+    mov %rsi, %rsp
+    pop %r15; pop %r14; pop %r13; pop %r12; pop %rbp; pop %rbx
+    ret
+)");
+inline void switch_to(Context& from, Context& to) { shim_switch(&from.stack, to.stack); }
+inline void begin_at(Context& context, char* stack, size_t size, void (*function)()) {
+    void** top = reinterpret_cast<void**>(stack + size) - 4;
+    top[0] = reinterpret_cast<void*>(function);  // what `ret` jumps to, with the stack as after a call
+    context.stack = top - 6;
+}
+#else
+struct Context {
+    ucontext_t value;
+};
+inline void switch_to(Context& from, Context& to) { swapcontext(&from.value, &to.value); }
+inline void begin_at(Context& context, char* stack, size_t size, void (*function)()) {
+    getcontext(&context.value);
+    context.value.uc_stack.ss_sp = stack;
+    context.value.uc_stack.ss_size = size;
+    context.value.uc_link = nullptr;
+    makecontext(&context.value, function, 0);
+}
+#endif
+
 struct Fiber {
-    ucontext_t context;
+    Context context;
     bool done;
 };
 
@@ -69,7 +107,7 @@ struct State {
     std::vector<char> votes;             // __syncthreads_or
     unsigned char exchange[64][kWarp][32];
     std::function<void()> body;
-    ucontext_t scheduler;
+    Context scheduler;
     std::mt19937 random{1};
     bool shuffle = false;                // blocks in random order
     char* inputs = nullptr;              // what only wait_for_inputs makes valid
@@ -78,7 +116,7 @@ struct State {
 };
 inline State state;
 
-inline void yield() { swapcontext(&state.fibers[state.now].context, &state.scheduler); }
+inline void yield() { switch_to(state.fibers[state.now].context, state.scheduler); }
 
 inline int alive(int begin, int end) {
     return static_cast<int>(std::count_if(state.fibers.begin() + begin, state.fibers.begin() + end,
@@ -142,20 +180,15 @@ inline void run_block(int threads) {
     state.waited = false;
     if (state.inputs != nullptr) std::fill_n(state.inputs, state.saved.size(), '\xff');
     for (int i = 0; i < threads; ++i) {
-        Fiber& fiber = state.fibers[i];
-        fiber.done = false;
-        getcontext(&fiber.context);
-        fiber.context.uc_stack.ss_sp = state.stacks.data() + i * kStack;
-        fiber.context.uc_stack.ss_size = kStack;
-        fiber.context.uc_link = nullptr;
-        makecontext(&fiber.context, run_fiber, 0);
+        state.fibers[i].done = false;
+        begin_at(state.fibers[i].context, state.stacks.data() + i * kStack, kStack, run_fiber);
     }
     while (alive(0, threads) > 0) {
         state.progress = false;
         const int first = static_cast<int>(state.random() % threads);
         for (int i = 0; i < threads; ++i) {
             state.now = (first + i) % threads;
-            if (!state.fibers[state.now].done) swapcontext(&state.scheduler, &state.fibers[state.now].context);
+            if (!state.fibers[state.now].done) switch_to(state.scheduler, state.fibers[state.now].context);
         }
         if (!state.progress) {
             std::fprintf(stderr, "shim: block %u waits at a barrier that some of its threads never reach\n", state.block_index);
