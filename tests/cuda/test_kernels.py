@@ -298,6 +298,18 @@ def test_choice(device, tokens, in_features, where, expected):
     assert choose_kernel(tokens, in_features, where) == expected
 
 
+@pytest.mark.parametrize(("rows", "columns", "most", "expected"), [
+    (4096, 1024, 132, 128),  # 128 slabs: one each, none shared
+    (28672, 64, 132, 128),  # 896 slabs: seven each
+    (6144, 1024, 132, 132),  # 192 slabs: two each would leave 36 multiprocessors idle
+    (1024, 1024, 132, 32),  # 256 records of 32 slabs
+    (32, 64, 132, 1),
+])  # fmt: skip
+def test_number_of_blocks(rows, columns, most, expected):
+    packed = SlabMatrix.pack(GroupSparseMatrix.synthesize(rows, columns))
+    assert cuda._count_blocks(packed, 32, most) == expected
+
+
 def test_choice_when_invariant(device):
     assert choose_kernel(300, 4096, H200, invariant=True) == ("gemv", 8)
     assert choose_kernel(1, 1 << 17, H200, invariant=True) == ("gemm", 64)

@@ -32,6 +32,9 @@ measured on a GPU."""
 _DENSE_BYTES = 64 << 20
 """Dense weight expanded at a time for a prefill; it should stay in the second-level cache until it is multiplied."""
 
+_LEAST_RECORDS = 8
+"""Records that are worth a block."""
+
 _SORT_ROWS = 1024  # kSortRows of csrc/common/slab.h: rows that the slabs keep together
 _LANES = 32
 _PANEL_ROWS = 64
@@ -214,9 +217,9 @@ def _multiply(
 ) -> None:
     device = device_of(x.device)
     assert device is not None
-    tokens, records = x.shape[0], weight.heads.shape[0]
-    blocks = max(1, min(device.multiprocessors, records // 8 if kernel == "gemv" else records // 2))
+    tokens = x.shape[0]
     sizes, rows = ((1, 2, 4, 8), _LANES) if kernel == "gemv" else ((16, 32, 64), _PANEL_ROWS)
+    blocks = _count_blocks(weight, rows, device.multiprocessors)
     padded = next(size for size in sizes if size >= tokens)
     workspace = torch.empty(blocks * 2 * rows * padded, dtype=torch.float32, device=x.device)
     product = _Product(
@@ -227,6 +230,19 @@ def _multiply(
     extra = (by_slab, overlap) if kernel == "gemv" else (overlap,)
     function = getattr(_library(), f"gqsa_cuda_{kernel}")
     _check(function(_weight(weight), product, blocks, *extra, _stream(x.device)))
+
+
+def _count_blocks(weight: SlabMatrix, rows: int, most: int) -> int:
+    """Blocks to divide the records of a matrix by; ``rows`` is what a block stores at a time.
+
+    With as many as there are multiprocessors all of them work. With somewhat fewer, if rows are equally long, no two
+    blocks may have to share a slab, and nothing need be added up between them.
+    """
+    units = -(-weight.out_features // rows)
+    each = -(-units // most)
+    if each * most <= 1.08 * units:
+        return -(-units // each)
+    return max(1, min(most, weight.heads.shape[0] // _LEAST_RECORDS))
 
 
 def _expand_and_multiply(x: torch.Tensor, weight: SlabMatrix, bias: torch.Tensor | None, out: torch.Tensor) -> None:
