@@ -1,6 +1,7 @@
 """cpu_check.cpp, compiled together with the kernels: under sanitizers, and under valgrind."""
 
 import importlib.util
+import os
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -39,7 +40,9 @@ def build(folder, *flags):
 
 
 def run(*command, **environment):
-    result = subprocess.run(command, capture_output=True, text=True, env=environment or None, check=False)
+    # vLLM sets LD_PRELOAD for the processes that it starts; the sanitizer's library must come first.
+    env = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"} | environment
+    result = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     return int(result.stdout.split()[0])
 
