@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from vllm_gqsa.format import GqsaConfig, GroupSparseMatrix, is_ignored
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "opt")
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe")
+"""Mixtures of experts: 4 experts of 64 features, two a token; that of qwen2_moe also has a shared expert."""
 
 VOCABULARY = 256
 SIZES: dict[str, Any] = {
@@ -55,6 +57,8 @@ def dense_config(family: str, **changes: Any):
     if family == "opt":
         sizes = {**SIZES, "ffn_dim": 256, "word_embed_proj_dim": 128, "init_std": 0.1, "dropout": 0.0}
         return hf.OPTConfig(**{**sizes, "activation_function": "relu", **changes})
+    if family in MIXTURES:
+        return mixture_config(family, **changes)
     classes = {
         "llama": hf.LlamaConfig,
         "mistral": hf.MistralConfig,
@@ -63,6 +67,19 @@ def dense_config(family: str, **changes: Any):
     }
     extra = {"sliding_window": None} if family == "mistral" else {}
     return classes[family](**{**GATED, "initializer_range": 0.1, **extra, **changes})
+
+
+def mixture_config(family: str, **changes: Any):
+    """The transformers configuration of a tiny mixture of experts."""
+    import transformers as hf
+
+    sizes = {**GATED, "initializer_range": 0.1, "num_experts_per_tok": 2, **changes}
+    if family == "mixtral":
+        return hf.MixtralConfig(**{**sizes, "num_local_experts": 4, "intermediate_size": 64, **changes})
+    sizes |= {"num_experts": 4, "moe_intermediate_size": 64, "norm_topk_prob": family == "qwen3_moe"}
+    if family == "qwen3_moe":
+        return hf.Qwen3MoeConfig(**{**sizes, **changes})
+    return hf.Qwen2MoeConfig(**{**sizes, "shared_expert_intermediate_size": 128, **changes})
 
 
 def make_dense(folder: Path, family: str = "llama", *, seed: int = 0, **changes: Any) -> Path:
@@ -108,7 +125,19 @@ class Compressed:
     matrices: dict[str, GroupSparseMatrix] = field(default_factory=dict)
 
 
-DENSITIES = {"q": 0.3, "k": 0.7, "v": 0.5, "o": 0.4, "g": 0.35, "u": 0.65, "d": 0.5, "f": 0.45, "l": 0.8, "e": 0.8}
+DENSITIES = {
+    "q": 0.3,
+    "k": 0.7,
+    "v": 0.5,
+    "o": 0.4,
+    "g": 0.35,
+    "u": 0.65,
+    "d": 0.5,
+    "f": 0.45,
+    "l": 0.8,
+    "e": 0.8,
+    "w": 0.6,
+}
 """By the first letter of a linear's name, so that the shards of a fused layer differ in nnz."""
 
 
@@ -143,7 +172,7 @@ def compress_randomly(
     for name, tensor in sorted(load_file(dense / "model.safetensors").items()):
         module = name.removesuffix(".weight")
         last = module.rpartition(".")[2]
-        linear = last.endswith("_proj") or last in ("fc1", "fc2") or module in vocabulary
+        linear = last.endswith("_proj") or last in ("fc1", "fc2", "w1", "w2", "w3") or module in vocabulary
         if module == name or not linear or is_ignored(module, ignore):
             compressed[name] = twin[name] = tensor
             continue

@@ -19,6 +19,7 @@ from transformers.quantizers.auto import (
 )
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from vllm_gqsa.experts import fused_experts, name_in_model, unfuse_experts
 from vllm_gqsa.format import (
     TENSORS,
     FormatError,
@@ -155,6 +156,8 @@ class GqsaQuantizer(HfQuantizer):
 
     requires_calibration = True
     quantization_config: GqsaHfConfig
+    _nnz: dict[str, int]
+    """Groups of every compressed module, by its name in the model."""
 
     def _process_model_before_weight_loading(
         self,
@@ -173,9 +176,14 @@ class GqsaQuantizer(HfQuantizer):
         names = set(_tensor_names([Path(file) for file in checkpoint_files]))
         where = str(Path(checkpoint_files[0]).parent)
         check_tensor_names(config, names, where)
-        for name in config.modules:
-            _replace(model, name, config)
-        for name in missing_dense(config, model, names):
+        kind = model.config.model_type
+        self._nnz = {name_in_model(name, kind): entry.nnz for name, entry in config.modules.items()}
+        unfuse_experts(model, kind, lambda experts: any(name.startswith(f"{experts}.") for name in self._nnz))
+        for name, nnz in self._nnz.items():
+            _replace(model, name, nnz, config.group_size)
+        # Experts that stay fused have other names in files; transformers itself says where one of them is missing.
+        present = {name_in_model(name, kind) for name in names} | set(fused_experts(model))
+        for name in missing_dense(config, model, present):
             raise FormatError(f"{where}: {name} is missing, and config.json does not list it as compressed")
         return model
 
@@ -189,15 +197,14 @@ class GqsaQuantizer(HfQuantizer):
         Raises:
             FormatError: a matrix breaks the format or has another nnz than config.json says.
         """
-        modules = self.quantization_config.config.modules
         for name, module in model.named_modules():
             if not isinstance(module, _GqsaModule) or module.qweight.is_meta:
                 continue
             matrix = module.matrix
             matrix.validate(name, module.shape)
             # Loading puts whatever shape the file holds in the place of the buffer.
-            if matrix.nnz != modules[name].nnz:
-                raise FormatError(f"{name}: holds nnz = {matrix.nnz} groups, config.json says {modules[name].nnz}")
+            if matrix.nnz != self._nnz[name]:
+                raise FormatError(f"{name}: holds nnz = {matrix.nnz} groups, config.json says {self._nnz[name]}")
         return model
 
     def is_serializable(self, *_: object, **__: object) -> bool:
@@ -219,12 +226,11 @@ def _tensor_names(files: list[Path]) -> Iterator[str]:
             raise FormatError(f"{path}: is not a complete safetensors file: {error}") from error
 
 
-def _replace(model: PreTrainedModel, name: str, config: GqsaConfig) -> None:
+def _replace(model: PreTrainedModel, name: str, nnz: int, size: int) -> None:
     try:
         old = model.get_submodule(name)
     except AttributeError:
         raise FormatError(f"config.json lists {name}, which {type(model).__name__} does not have") from None
-    nnz, size = config.modules[name].nnz, config.group_size
     if isinstance(old, torch.nn.Embedding):
         check_group_size(size, old.embedding_dim, name)
         table = GqsaEmbedding(old.num_embeddings, old.embedding_dim, nnz, size, old.weight.dtype)

@@ -29,15 +29,17 @@ GQSA_BOTH inline Int share_of(Int total, Int shares, Int unit) {
 
 // First row of share `share` when rows are cut so that every share has about the same number of kept groups. Whole
 // rows only, and multiples of `multiple` rows, so that no two threads write to one cache line. A row costs
-// `row_cost` groups on top of its own: without it, a thousand empty rows would count as nothing.
+// `row_cost` groups on top of its own: without it, a thousand empty rows would count as nothing. The rows may be some of
+// a larger matrix, whose pointers do not start at 0.
 inline int64_t first_row(const int32_t* crow_indices, int64_t rows, int64_t shares, int64_t share, int64_t multiple,
                          int64_t row_cost) {
     if (share >= shares) return rows;
-    const int64_t target = share_begin(crow_indices[rows] + rows * row_cost, shares, share);
+    const int64_t start = crow_indices[0];
+    const int64_t target = share_begin(crow_indices[rows] - start + rows * row_cost, shares, share);
     int64_t low = 0, high = rows;
     while (low < high) {
         const int64_t middle = (low + high) / 2;
-        if (crow_indices[middle] + middle * row_cost < target) {
+        if (crow_indices[middle] - start + middle * row_cost < target) {
             low = middle + 1;
         } else {
             high = middle;

@@ -93,7 +93,8 @@ std::vector<uint8_t> to_bytes(const std::vector<float>& x, int64_t tokens, float
 
 void multiply(const Kernel& kernel, const Call& call, int64_t threads, ParallelFor parallel_for) {
     const Weight& weight = call.weight;
-    const int64_t work = (weight.crow_indices[weight.rows] + weight.rows * kRowCost) * call.tokens;
+    const int64_t groups = weight.crow_indices[weight.rows] - weight.crow_indices[0];
+    const int64_t work = (groups + weight.rows * kRowCost) * call.tokens;
     const int64_t shares = std::clamp<int64_t>(work / kShareWork, 1, threads);
     in_parallel(parallel_for, shares, [&](int64_t share) {
         const auto cut = [&](int64_t at) {

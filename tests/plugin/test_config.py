@@ -127,23 +127,15 @@ def test_lora_on_a_compressed_head(targets, refused):
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_model_class_that_never_asks(monkeypatch, ranks):
     monkeypatch.setattr("vllm.distributed.get_pp_group", lambda: SimpleNamespace(world_size=ranks))
-    make().get_checkpoint_weight_mapper()
+    make().get_cache_scale_mapper()
     asked = make(("lm_head",), ())
     asked.get_quant_method(Head(), "lm_head")
-    asked.get_checkpoint_weight_mapper()
+    asked.get_cache_scale_mapper()
     if ranks > 1:  # another rank may have asked
-        make(("lm_head",), ()).get_checkpoint_weight_mapper()
+        make(("lm_head",), ()).get_cache_scale_mapper()
         return
     with pytest.raises(NotImplementedError, match="lm_head: is compressed, but vLLM's class .* no quant_config"):
-        make(("lm_head",), ()).get_checkpoint_weight_mapper()
-
-
-def test_mixture_of_experts_is_refused():
-    from vllm.model_executor.layers import fused_moe
-
-    kind = getattr(fused_moe, "RoutedExperts", None) or fused_moe.FusedMoE
-    with pytest.raises(NotImplementedError, match="experts: this is a mixture-of-experts model"):
-        make().get_quant_method(kind.__new__(kind), "model.layers.0.mlp.experts")
+        make(("lm_head",), ()).get_cache_scale_mapper()
 
 
 def test_names_follow_the_model_class():

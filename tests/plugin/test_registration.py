@@ -121,7 +121,16 @@ def test_whole_package_says_nothing(cases):
 
 
 @pytest.mark.parametrize(
-    ("version", "warns"), [("0.32.0+cpu", False), ("0.32.3", False), ("0.31.1", True), ("1.0", True), ("dev", True)]
+    ("version", "warns"),
+    [
+        ("0.32.0+cpu", False),
+        ("0.32.3", False),
+        ("0.29.0", False),
+        ("0.28.1", True),
+        ("0.33.0", True),
+        ("1.0", True),
+        ("dev", True),
+    ],
 )
 def test_untested_versions_warn(version, warns, monkeypatch, caplog):
     from vllm_gqsa.plugin import registration

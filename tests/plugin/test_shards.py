@@ -1,7 +1,5 @@
 """The loader for every kind of layer and every rank of a pretended tensor-parallel group, without processes."""
 
-import random
-
 import pytest
 import torch
 
@@ -10,28 +8,26 @@ pytest.importorskip("vllm", reason="needs vLLM")
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers import linear as vllm_linear, vocab_parallel_embedding as vllm_vocabulary
 
-from tests.helpers import quantization, random_matrix
-from vllm_gqsa.format import TENSORS, FormatError, GqsaConfig, GroupSparseMatrix
+from tests.helpers import random_matrix
+from tests.plugin.layers import (
+    DENSE,
+    HEAD,
+    HEADS,
+    KV_HEADS,
+    MATRICES,
+    RANKS,
+    VOCABULARY,
+    WIDE,
+    K,
+    config_for,
+    down,
+    gate_up,
+    load,
+    pretend,
+    qkv,
+)
+from vllm_gqsa.format import TENSORS, FormatError, GroupSparseMatrix
 from vllm_gqsa.kernels import rebuild, restore
-from vllm_gqsa.plugin.config import GqsaQuantizationConfig
-
-HEAD, HEADS, KV_HEADS, K, WIDE = 16, 8, 2, 128, 256
-VOCABULARY = 300
-"""Padded to 320 by vLLM: on four ranks the last holds 60 tokens and 20 empty rows."""
-RANKS = [(rank, size) for size in (1, 2, 4) for rank in range(size)]
-
-MATRICES = {
-    "a.q_proj": random_matrix(HEADS * HEAD, K, density=0.3, seed=1),
-    "a.k_proj": random_matrix(KV_HEADS * HEAD, K, density=0.7, seed=2),
-    "a.v_proj": random_matrix(KV_HEADS * HEAD, K, density=0.5, seed=3),
-    "m.gate_proj": random_matrix(WIDE, K, density=0.35, seed=4),
-    "m.up_proj": random_matrix(WIDE, K, density=0.65, seed=5),
-    "m.down_proj": random_matrix(K, WIDE, density=0.5, seed=6),
-    "m.embed_tokens": random_matrix(VOCABULARY, K, density=0.9, seed=7),
-    "lm_head": random_matrix(VOCABULARY, K, density=0.8, seed=8),
-}
-DENSE = {name: matrix.to_dense() for name, matrix in MATRICES.items()}
-FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 
 
 @pytest.fixture(autouse=True)
@@ -47,44 +43,6 @@ def tp(request, monkeypatch):
     return request.param
 
 
-def pretend(monkeypatch, rank, size):
-    for module in (vllm_linear, vllm_vocabulary):
-        monkeypatch.setattr(module, "get_tensor_model_parallel_rank", lambda: rank)
-        monkeypatch.setattr(module, "get_tensor_model_parallel_world_size", lambda: size)
-
-
-def config_for(matrices, **changes):
-    nnz = {name: matrix.nnz for name, matrix in matrices.items()}
-    raw = quantization(nnz, **{"pattern": "matrix", "ignore": [], **changes})
-    config = GqsaQuantizationConfig(GqsaConfig.parse(raw, "test"))
-    config.packed_modules_mapping = FUSED
-    return config
-
-
-def qkv(config):
-    return vllm_linear.QKVParallelLinear(K, HEAD, HEADS, KV_HEADS, bias=False, quant_config=config, prefix="a.qkv_proj")
-
-
-def gate_up(config):
-    return vllm_linear.MergedColumnParallelLinear(
-        K, [WIDE, WIDE], bias=False, quant_config=config, prefix="m.gate_up_proj"
-    )
-
-
-def down(config):
-    return vllm_linear.RowParallelLinear(WIDE, K, bias=False, quant_config=config, prefix="m.down_proj")
-
-
-def load(layer, pieces, seed=0):
-    """Feed ``(shard id, matrix)`` pairs to the layer's loaders, all tensors of all of them in random order."""
-    arrivals = [(shard, name, tensor) for shard, m in pieces for name, tensor in m.tensors().items()]
-    random.Random(seed).shuffle(arrivals)
-    for shard, name, tensor in arrivals:
-        parameter = getattr(layer, name)
-        extra = () if shard is None else (shard,)
-        parameter.weight_loader(parameter, tensor, *extra)
-
-
 def finished(layer):
     """The dense weight that the layer multiplies by, seen through the op itself."""
     layer.quant_method.process_weights_after_loading(layer)
@@ -95,16 +53,11 @@ def finished(layer):
     return weight
 
 
-def kv_rows(rank, size):
-    rows = max(1, KV_HEADS // size) * HEAD
-    start = rank // max(1, size // KV_HEADS) * rows
-    return slice(start, start + rows)
-
-
-def qkv_rows(rank, size):
-    rows = HEADS * HEAD // size
-    kv = kv_rows(rank, size)
-    return torch.cat([DENSE["a.q_proj"][rank * rows :][:rows], DENSE["a.k_proj"][kv], DENSE["a.v_proj"][kv]])
+def qkv_rows(rank, size, heads=HEADS, kv_heads=KV_HEADS, dense=DENSE):
+    rows, kv_rows = heads * HEAD // size, max(1, kv_heads // size) * HEAD
+    start = rank // max(1, size // kv_heads) * kv_rows
+    kv = slice(start, start + kv_rows)
+    return torch.cat([dense["a.q_proj"][rank * rows :][:rows], dense["a.k_proj"][kv], dense["a.v_proj"][kv]])
 
 
 def part(rank, size):
@@ -116,6 +69,20 @@ def test_qkv(tp, seed):
     layer = qkv(config_for(MATRICES))
     load(layer, [(each, MATRICES[f"a.{each}_proj"]) for each in "qkv"], seed)
     assert torch.equal(finished(layer), qkv_rows(*tp))
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "size"), [(3, 3, 3), (6, 1, 2), (6, 3, 3), (14, 2, 2), (10, 5, 5), (6, 3, 6)]
+)
+def test_odd_head_counts(monkeypatch, heads, kv_heads, size):
+    sizes = {"q": heads, "k": kv_heads, "v": kv_heads}
+    matrices = {f"a.{each}_proj": random_matrix(n * HEAD, K, seed=at) for at, (each, n) in enumerate(sizes.items())}
+    dense = {name: matrix.to_dense() for name, matrix in matrices.items()}
+    for rank in range(size):
+        pretend(monkeypatch, rank, size)
+        layer = qkv(config_for(matrices), heads, kv_heads)
+        load(layer, [(each, matrices[f"a.{each}_proj"]) for each in "qkv"])
+        assert torch.equal(finished(layer), qkv_rows(rank, size, heads, kv_heads, dense))
 
 
 def test_qkv_joined_on_disk(tp):
@@ -317,13 +284,13 @@ def test_dummy_weights_are_a_valid_matrix(tp):
     config = VllmConfig()
     config.load_config.load_format = "dummy"
     with set_current_vllm_config(config):
-        layer = down(config_for(MATRICES, sparsity=0.25))
+        layer = down(config_for(MATRICES, sparsity=0.5))
     layer.quant_method.process_weights_after_loading(layer)
     columns = WIDE // tp[1]
     tensors = [getattr(layer, name).data for name in TENSORS]
     matrix = restore(rebuild(tensors, "cpu", columns, 16))
     matrix.validate("dummy", (K, columns))
-    assert matrix.sparsity == 0.25
+    assert matrix.sparsity == 0.5
 
 
 # -- rejections ----------------------------------------------------------------------------------------------
@@ -396,17 +363,3 @@ def test_group_size_that_does_not_divide_a_rank(monkeypatch):
     expected = "m.down_proj: in_features K = 256 split over 4 .* 64 a rank, .* G = 128; use .* size of 2"
     with pytest.raises(FormatError, match=expected):
         down(config)
-
-
-def test_reload_of_another_size():
-    layer = down(config_for(MATRICES))
-    load(layer, [(None, MATRICES["m.down_proj"])])
-    placeholders = {name: getattr(layer, name) for name in TENSORS}
-    finished(layer)
-    other = random_matrix(K, WIDE, density=0.9, seed=7)
-    for name, placeholder in placeholders.items():
-        setattr(layer, name, placeholder)
-        object.__setattr__(placeholder.staging.plan.sources, "nnz", (other.nnz,))
-    load(layer, [(None, other)])
-    with pytest.raises(FormatError, match="only a checkpoint with the same counts"):
-        layer.quant_method.process_weights_after_loading(layer)

@@ -17,7 +17,7 @@ from vllm_gqsa.format.codecs import (
     unpack_bitmap,
     unpack_nibbles,
 )
-from vllm_gqsa.format.errors import FormatError
+from vllm_gqsa.format.errors import FormatError, few
 from vllm_gqsa.format.matrix import GROUP_SIZES, TENSORS, GroupSparseMatrix, check_group_size, quantize_groups
 from vllm_gqsa.format.schema import (
     EMBEDDING,
@@ -47,6 +47,7 @@ __all__ = [
     "check_tensor_names",
     "decode_scale_zero",
     "encode_scale_zero",
+    "few",
     "is_ignored",
     "missing_dense",
     "pack_bitmap",

@@ -153,7 +153,8 @@ def missing_dense(config: GqsaConfig, model: torch.nn.Module, names: Iterable[st
 
     Args:
         config: the checkpoint's configuration.
-        model: of transformers, with or without memory for its weights; what it ties to another tensor is not needed.
+        model: of transformers, with or without memory for its weights, its tensors named as in ``names``; what it ties
+            to another is not needed.
         names: all tensor names of the checkpoint.
     """
     present = {*names, *(getattr(model, "all_tied_weights_keys", None) or ())}

@@ -5,7 +5,7 @@ import functools
 import logging
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -158,6 +158,10 @@ class PackedMatrix:
         _library().gqsa_cpu_unpack(self.qweight.data_ptr(), qweight.numel(), qweight.data_ptr())
         return GroupSparseMatrix.from_tensors(self.tensors() | {"qweight": qweight}, self.in_features, self.group_size)
 
+    def part(self, start: int, stop: int) -> "PackedMatrix":
+        """Rows ``start:stop`` as a view. Its pointers do not start at 0: codes and scales are those of all rows."""
+        return replace(self, crow_indices=self.crow_indices[start : stop + 1], group_mask=self.group_mask[start:stop])
+
     def to_dense(self, start: int, stop: int, dtype: torch.dtype, kernel: str | None = None) -> torch.Tensor:
         """Rows ``start:stop`` of the dense weight, computed in float32 (exact) and rounded once to ``dtype``."""
         out = torch.empty(stop - start, self.in_features, dtype=dtype)
@@ -200,7 +204,11 @@ class PackedMatrix:
 
 
 def linear_cpu(
-    x: torch.Tensor, weight: PackedMatrix, bias: torch.Tensor | None = None, kernel: str | None = None
+    x: torch.Tensor,
+    weight: PackedMatrix,
+    bias: torch.Tensor | None = None,
+    kernel: str | None = None,
+    kept: float | None = None,
 ) -> torch.Tensor:
     """Multiply by a packed weight on the CPU.
 
@@ -212,6 +220,7 @@ def linear_cpu(
         weight: ``[N, K]``, trusted.
         bias: ``[N]`` in the dtype of ``x``.
         kernel: one of :func:`kernels`, to be used for any number of tokens; None chooses.
+        kept: share of kept groups, for a part of a larger matrix, of which only the pointers tell it.
 
     Returns:
         ``[..., N]`` in the dtype of ``x``. With the exact kernels (all but avx512_vnni), sums are float32 and a
@@ -228,7 +237,8 @@ def linear_cpu(
     tokens = flat.shape[0]
     chosen = kernel or choose_kernel(x.dtype, weight.group_size, os.environ.get("GQSA_CPU_ACT", ""))
     invariant = kernel is not None or os.environ.get("VLLM_BATCH_INVARIANT") == "1"
-    kept = weight.scale_zero.shape[0] * weight.group_size / (rows * weight.in_features)
+    if kept is None:
+        kept = weight.scale_zero.shape[0] * weight.group_size / (rows * weight.in_features)
     if tokens * kept >= _DENSE_FROM[chosen] and not invariant:
         out = _linear_dense(flat, weight, bias, chosen)
     else:

@@ -6,11 +6,14 @@ from typing import Any
 import torch
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
-from vllm_gqsa.format import EMBEDDING, HEAD, CheckpointReader, FormatError, GqsaConfig, is_ignored, missing_dense
+from vllm_gqsa.experts import fused_experts, name_as_in_files, unfuse_experts
+from vllm_gqsa.format import EMBEDDING, HEAD, CheckpointReader, FormatError, GqsaConfig, few, is_ignored, missing_dense
 from vllm_gqsa.plugin.shards import Sources
 
 __all__ = ["GqsaQuantizationConfig"]
 
+_FUSED = {"gate_up_proj": ["gate_proj", "up_proj"], "qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+"""What nearly every model of vLLM fuses."""
 _WEIGHTS = ("model.safetensors.index.json", "model.safetensors")
 
 
@@ -27,7 +30,9 @@ class GqsaQuantizationConfig(QuantizationConfig):
         super().__init__()
         self.config = config
         self._asked: set[str] = set()
-        """Compressed layers that the model under construction asked a method for."""
+        """Compressed vocabularies that the model under construction asked a method for."""
+        self._methods: list[Any] = []
+        """The methods that were handed out."""
 
     def __repr__(self) -> str:
         if self.config is None:
@@ -110,8 +115,14 @@ class GqsaQuantizationConfig(QuantizationConfig):
 
         Raises:
             ValueError: the layer is half compressed, or neither compressed nor ignored.
-            NotImplementedError: a mixture of experts, or a compressed layer of another kind.
+            NotImplementedError: a compressed layer of a kind that is not known.
         """
+        method = self._method(layer, prefix)
+        if hasattr(method, "begin_loading"):
+            self._methods.append(method)
+        return method
+
+    def _method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod  # noqa: PLC0415
         from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding  # noqa: PLC0415
 
@@ -120,10 +131,7 @@ class GqsaQuantizationConfig(QuantizationConfig):
         if self.config is None:
             raise ValueError("this model has no GQSA quantization_config; leave out --quantization gqsa")
         if _is_routed_experts(layer):
-            raise NotImplementedError(
-                f"{prefix}: this is a mixture-of-experts model, which vllm-gqsa does not serve yet; "
-                "serve the dense model instead"
-            )
+            return self._experts_method(layer, prefix, self.config)
         if isinstance(layer, VocabParallelEmbedding):
             return self._vocabulary_method(layer, prefix, self.config)
         if not isinstance(layer, LinearBase):
@@ -138,14 +146,16 @@ class GqsaQuantizationConfig(QuantizationConfig):
             return GqsaLinearMethod(self.config, Sources.of(prefix, names, self.config))
         return UnquantizedLinearMethod()
 
-    def get_checkpoint_weight_mapper(self) -> Any:  # noqa: ANN401 - vLLM's WeightsMapper
-        """Of no use here, but vLLM calls it when the model is built and before its weights are read.
+    def get_cache_scale_mapper(self) -> Any:  # noqa: ANN401 - vLLM's WeightsMapper
+        """Of no use here, but vLLM calls it whenever it begins to read weights, first or again.
 
         Raises:
             NotImplementedError: the vocabulary is compressed and the model class did not ask for a method for it.
         """
         from vllm.distributed import get_pp_group  # noqa: PLC0415
 
+        for method in self._methods:
+            method.begin_loading()
         head = None if self.config is None else self.config.head
         # Some ranks of a pipeline build neither the embedding nor the head, and load nothing for them.
         if head is not None and head not in self._asked and get_pp_group().world_size == 1:
@@ -153,7 +163,7 @@ class GqsaQuantizationConfig(QuantizationConfig):
                 f"{head}: is compressed, but vLLM's class for this model passes no quant_config to it, so only a "
                 "dense one can be served; compress again without --lm-head"
             )
-        return super().get_checkpoint_weight_mapper()
+        return super().get_cache_scale_mapper()
 
     def _vocabulary_method(self, layer: torch.nn.Module, prefix: str, config: GqsaConfig) -> QuantizeMethodBase | None:
         """The method of an embedding or an output head; None where it is dense."""
@@ -174,6 +184,19 @@ class GqsaQuantizationConfig(QuantizationConfig):
         self._asked.add(name)
         return GqsaVocabularyMethod(config, Sources.of(prefix or name, [name], config))
 
+    def _experts_method(
+        self,
+        layer: Any,  # noqa: ANN401 - vLLM's RoutedExperts
+        prefix: str,
+        config: GqsaConfig,
+    ) -> QuantizeMethodBase | None:
+        """The method of the routed experts of one layer; None where they are dense."""
+        from vllm_gqsa.plugin.moe import GqsaMoEMethod, expert_names  # noqa: PLC0415
+
+        names = expert_names(prefix, layer.moe_config.num_experts, config)
+        flat = [name for expert in names for name in expert.values()]
+        return GqsaMoEMethod(layer.moe_config, config, names) if self._is_compressed(prefix, flat, config) else None
+
     # -- names ---------------------------------------------------------------------------------------------
 
     def _unfused(self, prefix: str) -> list[str]:
@@ -182,7 +205,10 @@ class GqsaQuantizationConfig(QuantizationConfig):
         assert self.config is not None
         if prefix in self.config.modules:
             return [prefix]
-        return [parent + dot + name for name in self.packed_modules_mapping.get(last, [last])]
+        names = [parent + dot + name for name in self.packed_modules_mapping.get(last, _FUSED.get(last, [last]))]
+        # Some model classes of vLLM do not say what they fuse in the blocks of another kind than most.
+        known = any(name in self.config.modules or is_ignored(name, self.config.ignore) for name in names)
+        return names if known or last in self.packed_modules_mapping else [prefix]
 
     @staticmethod
     def _is_compressed(prefix: str, names: list[str], config: GqsaConfig) -> bool:
@@ -193,13 +219,13 @@ class GqsaQuantizationConfig(QuantizationConfig):
             raise ValueError(f"{both[0]}: config.json lists it as compressed and ignores it too")
         if listed and ignored:
             raise ValueError(
-                f"{prefix}: {', '.join(listed)} compressed but {', '.join(ignored)} ignored; they are served as one "
+                f"{prefix}: {few(listed)} compressed but {few(ignored)} ignored; they are served as one "
                 "fused layer, so compress or ignore all of them"
             )
         unknown = [name for name in names if name not in listed and name not in ignored]
         if unknown:
             raise ValueError(
-                f"{prefix}: config.json neither lists {', '.join(unknown)} in modules nor ignores it, so this "
+                f"{prefix}: config.json neither lists {few(unknown)} in modules nor ignores it, so this "
                 "linear layer would have no weights"
             )
         return bool(listed)
@@ -235,6 +261,10 @@ def _check_dense(reader: CheckpointReader) -> None:
         return  # a kind of model whose names transformers does not tell
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
+    unfuse_experts(model, config.model_type)
+    name_as_in_files(model, config.model_type)
+    if fused_experts(model):
+        return  # a mixture of experts whose names in files are not known
     for name in missing_dense(reader.config, model, reader.files.file_of):
         raise FormatError(f"{reader.folder}: tensor {name}, which the model needs, is missing")
 

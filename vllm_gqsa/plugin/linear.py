@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
     LinearBase,
@@ -14,15 +13,13 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
-import vllm_gqsa.kernels.embedding  # noqa: F401 - registers gqsa::embedding
-from vllm_gqsa import kernels
-from vllm_gqsa.format import TENSORS, FormatError, GqsaConfig, GroupSparseMatrix
-from vllm_gqsa.plugin.loading import Placeholder, Staging
+import vllm_gqsa.kernels.embedding
+import vllm_gqsa.kernels.ops  # noqa: F401 - registers gqsa::linear
+from vllm_gqsa.format import GqsaConfig
+from vllm_gqsa.plugin.matrix import LayerMatrix, process
 from vllm_gqsa.plugin.shards import Shard, ShardId, ShardPlan, Sources, check_columns
 
 __all__ = ["GqsaLinearMethod", "GqsaVocabularyMethod", "plan_shards"]
-
-_DUMMY_SEED = 0
 
 
 class GqsaLinearMethod(LinearMethodBase):
@@ -39,11 +36,7 @@ class GqsaLinearMethod(LinearMethodBase):
         self.sources = sources
         self.group_size = config.group_size
         self.in_features = 0
-        self._staging: Staging | None = None
-        self._dummy = False
-        self._nnz: int | None = None
-        self._layout = ""
-        self._shapes: dict[str, torch.Size] = {}
+        self._matrix: LayerMatrix | None = None
         self._params_dtype = torch.float32
 
     def create_weights(
@@ -63,12 +56,9 @@ class GqsaLinearMethod(LinearMethodBase):
             NotImplementedError: a kind of layer that is not known.
         """
         plan = plan_shards(layer, self.sources, input_size_per_partition, output_partition_sizes, self.group_size)
-        self._staging = Staging(plan)
-        self._dummy = get_current_vllm_config().load_config.load_format == "dummy"
+        self._matrix = LayerMatrix(layer, plan, self._sparsity(plan))
         self._params_dtype = params_dtype
         self.in_features = plan.columns
-        for piece in TENSORS:
-            layer.register_parameter(piece, Placeholder(piece, self._staging))
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Put the loaded matrix in place of the placeholders; without anything new it does nothing.
@@ -77,55 +67,27 @@ class GqsaLinearMethod(LinearMethodBase):
             FormatError: the checkpoint lacks tensors of this layer, which vLLM does not notice by itself, or a
                 reload brings a matrix of another size.
         """
-        staging = self._loaded()
-        placeholder = isinstance(layer.qweight, Placeholder)
-        if staging.empty and not placeholder:
-            return
-        matrix = self._synthesize(staging.plan) if staging.empty and self._dummy else staging.finish()
-        staging.clear()
-        self._check_size(matrix)
-        self._nnz = matrix.nnz
-        prepared = kernels.prepare(matrix, layer.get_parameter("qweight").device)
-        self._check_layout(prepared)
-        for name in {*TENSORS, *self._shapes} & layer._parameters.keys():
-            delattr(layer, name)
-        for name, tensor in prepared.tensors().items():
-            layer.register_parameter(name, torch.nn.Parameter(tensor.contiguous(), requires_grad=False))
-        self._layout = kernels.layout_of(prepared)
-        self._shapes = {name: tensor.shape for name, tensor in prepared.tensors().items()}
+        process(layer, [self._created()])
 
-    def _loaded(self) -> Staging:
-        if self._staging is None:
+    def begin_loading(self) -> None:
+        """Forget what a reload that failed has left."""
+        if self._matrix is not None:
+            self._matrix.begin_loading()
+
+    def _created(self) -> LayerMatrix:
+        if self._matrix is None:
             raise RuntimeError(f"{self.sources.layer}: create_weights was not called")
-        return self._staging
+        return self._matrix
 
-    def _check_size(self, matrix: GroupSparseMatrix) -> None:
-        # Reload copies into the tensors that run now, which captured graphs and compiled code hold.
-        if self._nnz not in (None, matrix.nnz):
-            raise FormatError(
-                f"{self.sources.layer}: the reloaded weights keep {matrix.nnz} groups on this rank, the running ones "
-                f"{self._nnz}; only a checkpoint with the same counts can be loaded into a running engine"
-            )
-
-    def _check_layout(self, prepared: kernels.Matrix) -> None:
-        # With the same number of groups in all, the CUDA layout may still be longer: rows differ in their lengths.
-        shapes = {name: tensor.shape for name, tensor in prepared.tensors().items()}
-        if self._shapes not in ({}, shapes):
-            raise FormatError(
-                f"{self.sources.layer}: the rows of the reloaded weights keep other numbers of groups than those "
-                "of the running ones; only a checkpoint with the same numbers can be loaded into a running engine"
-            )
-
-    def _synthesize(self, plan: ShardPlan) -> GroupSparseMatrix:
-        generator = torch.Generator().manual_seed(_DUMMY_SEED)
-        return GroupSparseMatrix.synthesize(plan.rows, plan.columns, self.group_size, self.config.sparsity, generator)
+    def _sparsity(self, _plan: ShardPlan) -> float:
+        """Sparsity of dummy weights."""
+        return self.config.sparsity
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """``x W^T + bias``: ``[..., K]`` to ``[..., N]`` in the dtype of ``x``, K and N being this rank's."""
         result: torch.Tensor = torch.ops.gqsa.linear(
             x,
-            [getattr(layer, name) for name in self._shapes],
-            self._layout,
+            *self._created().arguments(layer),
             self.in_features,
             self.group_size,
             bias,
@@ -138,14 +100,7 @@ class GqsaLinearMethod(LinearMethodBase):
         Raises:
             FormatError: the checkpoint lacks tensors of this layer.
         """
-        staging = self._loaded()
-        if not staging.empty or isinstance(layer.qweight, Placeholder):
-            matrix = self._synthesize(staging.plan) if staging.empty and self._dummy else staging.finish()
-            matrix = matrix.to(layer.get_parameter("qweight").device)
-        else:
-            tensors = [getattr(layer, name).data for name in self._shapes]
-            matrix = kernels.restore(kernels.rebuild(tensors, self._layout, self.in_features, self.group_size))
-        return matrix.to_dense(self._params_dtype)
+        return self._created().to_dense(layer, self._params_dtype)
 
 
 class GqsaVocabularyMethod(GqsaLinearMethod):
@@ -155,8 +110,7 @@ class GqsaVocabularyMethod(GqsaLinearMethod):
         """Rows ``[..., K]`` of this rank's table for token ids ``[...]``, in the model's dtype."""
         result: torch.Tensor = torch.ops.gqsa.embedding(
             input_,
-            [getattr(layer, name) for name in self._shapes],
-            self._layout,
+            *self._created().arguments(layer),
             self.in_features,
             self.group_size,
             self._params_dtype,
@@ -176,12 +130,10 @@ class GqsaVocabularyMethod(GqsaLinearMethod):
             )
         return embed_tokens
 
-    def _synthesize(self, plan: ShardPlan) -> GroupSparseMatrix:
+    def _sparsity(self, plan: ShardPlan) -> float:
         # The head has a sparsity of its own, which only its nnz tells.
         groups = sum(shard.rows for shard in plan.shards.values()) * (plan.in_features // self.group_size)
-        sparsity = 1 - sum(self.sources.nnz) / groups
-        generator = torch.Generator().manual_seed(_DUMMY_SEED)
-        return GroupSparseMatrix.synthesize(plan.rows, plan.columns, self.group_size, sparsity, generator)
+        return 1 - sum(self.sources.nnz) / groups
 
 
 def plan_shards(

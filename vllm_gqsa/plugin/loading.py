@@ -5,14 +5,14 @@ with empty placeholders; their loader collects the four tensors of each matrix o
 complete and lets the full copy go, so that the peak is one matrix.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 
 from vllm_gqsa.format import TENSORS, FormatError, GroupSparseMatrix
-from vllm_gqsa.plugin.shards import ShardId, ShardPlan
+from vllm_gqsa.plugin.shards import ShardId, ShardPlan, expert_shard
 
-__all__ = ["Placeholder", "Staging", "load_piece"]
+__all__ = ["Placeholder", "Staging", "load_expert_piece", "load_piece"]
 
 
 class Staging:
@@ -20,6 +20,8 @@ class Staging:
 
     def __init__(self, plan: ShardPlan) -> None:
         self.plan = plan
+        self.loaded = False
+        """Whether the layer has weights, so that what arrives now is a reload."""
         self._raw: dict[tuple[ShardId, ...], dict[str, torch.Tensor]] = {}
         self._parts: dict[ShardId, GroupSparseMatrix] = {}
         self._nnz: dict[tuple[ShardId, ...], int] = {}
@@ -117,21 +119,29 @@ class Placeholder(torch.nn.Parameter):
         piece: which of the four tensors it stands for.
         staging: shared by the four placeholders of a layer.
         weight_loader: what vLLM calls with each tensor of the checkpoint.
-        weight_loader_numel: how many elements vLLM's reload waits for (0.32 on): more than will ever come, so that
-            it processes the layer when the checkpoint ends and not when it has counted enough.
     """
 
-    def __new__(cls, piece: str, staging: Staging) -> "Placeholder":
-        """An empty tensor of the dtype of ``piece`` on the default device."""
-        empty = torch.empty(0, dtype=TENSORS[piece])
+    def __new__(cls, piece: str, *_: object, device: str | None = None) -> "Placeholder":
+        """An empty tensor of the dtype of ``piece`` on ``device`` or the default device."""
+        empty = torch.empty(0, dtype=TENSORS[piece], device=device)
         self: Placeholder = super().__new__(cls, empty, requires_grad=False)
         return self
 
-    def __init__(self, piece: str, staging: Staging) -> None:
+    def __init__(self, piece: str, staging: Staging, loader: Callable[..., object], device: str | None = None) -> None:
         self.piece = piece
         self.staging = staging
-        self.weight_loader = load_piece
-        self.weight_loader_numel = 1 << 60
+        self.weight_loader = loader
+
+    def numel(self) -> int:
+        """On the meta device, how many elements vLLM's reload waits for.
+
+        More than will ever come, so that it processes the layer when the checkpoint ends and not before.
+        """
+        return 1 << 60 if self.is_meta else super().numel()
+
+    def on_meta(self) -> "Placeholder":
+        """The same on the meta device."""
+        return Placeholder(self.piece, self.staging, self.weight_loader, device="meta")
 
 
 def load_piece(
@@ -141,11 +151,42 @@ def load_piece(
 ) -> None:
     """VLLM's ``weight_loader`` of a placeholder; the names of the arguments are vLLM's.
 
+    A reload calls it twice with each tensor: with a placeholder on the meta device as the tensor arrives, and with
+    one on the real device when the checkpoint has ended; then also with what an earlier reload brought that failed.
+    Only the first counts.
+
     Raises:
         FormatError: see :meth:`Staging.add`.
     """
+    if param.staging.loaded and not param.is_meta:
+        return
     # A copy, because loaded_weight may be a view of a file or of a buffer that vLLM uses again; by copy_, because
     # reload notices by it that something was loaded.
     copy = torch.empty_like(loaded_weight, device="cpu", memory_format=torch.contiguous_format)
     copy.copy_(loaded_weight)
     param.staging.add(param.piece, copy, loaded_shard_id)
+
+
+def load_expert_piece(
+    param: Placeholder,
+    loaded_weight: torch.Tensor,
+    weight_name: str,
+    shard_id: str,
+    expert_id: int,
+    return_success: bool = False,
+) -> bool | None:
+    """The ``weight_loader`` of a placeholder of routed experts; see :func:`load_piece`.
+
+    Args:
+        param: the placeholder.
+        loaded_weight: one tensor of one expert's linear.
+        weight_name: of no use here.
+        shard_id: "w1" (gate), "w2" (down) or "w3" (up).
+        expert_id: number of the expert in the model; one of another rank is passed over.
+        return_success: whether vLLM wants to know that the expert was this rank's.
+    """
+    shard = expert_shard(expert_id, shard_id)
+    mine = shard in param.staging.plan.shards
+    if mine:
+        load_piece(param, loaded_weight, shard)
+    return mine if return_success else None

@@ -7,8 +7,8 @@ from typing import Any
 
 __all__ = ["TESTED", "register"]
 
-TESTED = (0, 32)
-"""The vLLM version that this package is tested with."""
+TESTED = ((0, 29), (0, 32))
+"""The vLLM versions that this package is tested with; see docs/compatibility.md."""
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +44,9 @@ def register() -> None:
 def _warn_if_untested() -> None:
     version = str(getattr(importlib.import_module("vllm"), "__version__", "unknown"))
     match = re.match(r"(\d+)\.(\d+)", version)
-    if match is None or (int(match[1]), int(match[2])) != TESTED:
-        logger.warning("vllm-gqsa is tested with vLLM %d.%d; this is %s and may or may not work", *TESTED, version)
+    if match is None or (int(match[1]), int(match[2])) not in TESTED:
+        tested = " and ".join(f"{major}.{minor}" for major, minor in TESTED)
+        logger.warning("vllm-gqsa is tested with vLLM %s; this is %s and may or may not work", tested, version)
 
 
 def _broken_config(cause: Exception) -> type[Any]:

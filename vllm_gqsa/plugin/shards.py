@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from vllm_gqsa.format import FormatError, GqsaConfig
 
-__all__ = ["Shard", "ShardId", "ShardPlan", "Sources", "check_columns"]
+__all__ = ["Shard", "ShardId", "ShardPlan", "Sources", "check_columns", "expert_shard"]
 
 ShardId = str | int
 """How vLLM calls a part of a fused layer: "q", "k", "v", or its position."""
@@ -95,6 +95,11 @@ class ShardPlan:
             at = list(self.shards).index(key[0])
             return names[at], nnz[at]
         return f"{self.sources.layer} (shard {', '.join(map(str, key))})", None
+
+
+def expert_shard(expert: int, part: str) -> ShardId:
+    """Key of one linear of one routed expert: ``part`` is "w1" (gate), "w2" (down) or "w3" (up), as vLLM says."""
+    return f"{expert}.{part}"
 
 
 def check_columns(layer: str, in_features: int, tp_size: int, group_size: int) -> None:

@@ -1,0 +1,149 @@
+"""The op ``gqsa::moe``: the routed experts of a mixture-of-experts layer.
+
+The experts of a layer are two matrices: the gate and up projections of all experts stacked, ``[E * 2I, K]``, and their
+down projections stacked, ``[E * K, I]``. An expert is a range of rows. Importing this file registers the op.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+
+from vllm_gqsa.format import GroupSparseMatrix
+from vllm_gqsa.kernels import native
+from vllm_gqsa.kernels.cpu import PackedMatrix, linear_cpu
+from vllm_gqsa.kernels.embedding import embedding
+from vllm_gqsa.kernels.layouts import Matrix, layout_of, rebuild
+from vllm_gqsa.kernels.registry import register
+
+__all__ = ["ACTIVATIONS", "moe", "prepare"]
+
+_NAME = "gqsa::moe"
+_SCHEMA = (
+    "(Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor[] gate_up, Tensor[] down, str layout, "
+    "int group_size, str activation) -> Tensor"
+)
+
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+}
+"""What is done to the gate before it is multiplied by the up projection, by vLLM's names."""
+
+
+def _moe(
+    x: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    gate_up: list[torch.Tensor],
+    down: list[torch.Tensor],
+    layout: str,
+    group_size: int,
+    activation: str,
+) -> torch.Tensor:
+    hidden = x.shape[-1]
+    # crow_indices comes first in every layout, and has a row more than the matrix.
+    experts = (down[0].shape[0] - 1) // hidden
+    width = (gate_up[0].shape[0] - 1) // (2 * experts)
+    first, second = rebuild(gate_up, layout, hidden, group_size), rebuild(down, layout, width, group_size)
+    tokens = x.reshape(-1, hidden)
+    out = torch.zeros(tokens.shape, dtype=torch.float32, device=x.device)
+    for expert, chosen, weights in _assignments(topk_ids, topk_weights.float(), experts):
+        gate, up = _expert(tokens[chosen], first, expert, 2 * width).chunk(2, dim=-1)
+        result = _expert(ACTIVATIONS[activation](gate) * up, second, expert, hidden)
+        out[chosen] += result.float() * weights[:, None]
+    return out.to(x.dtype).view(x.shape)
+
+
+def _assignments(
+    topk_ids: torch.Tensor, topk_weights: torch.Tensor, experts: int
+) -> Iterator[tuple[int, torch.Tensor | slice, torch.Tensor]]:
+    """Expert, which tokens it works on, and with which weights ``[tokens]``.
+
+    On a CPU only the experts that were chosen, with their tokens. Elsewhere every expert with all tokens, most of them
+    weighted by 0: the host does not wait for the device to tell who was chosen, which captured graphs demand.
+    """
+    if topk_ids.device.type != "cpu":
+        for expert in range(experts):
+            yield expert, slice(None), topk_weights.where(topk_ids == expert, 0).sum(1)
+        return
+    flat = topk_ids.flatten()
+    order = flat.argsort(stable=True)
+    order = order[int((flat < 0).sum()) :]  # experts of other ranks
+    for part in order.split(torch.bincount(flat[order], minlength=experts).tolist()):
+        if part.numel():
+            yield int(flat[part[0]]), part // topk_ids.shape[1], topk_weights.flatten()[part]
+
+
+def _expert(x: torch.Tensor, stack: Matrix, expert: int, rows: int) -> torch.Tensor:
+    """``x W^T`` with the rows of one expert."""
+    start, stop = expert * rows, (expert + 1) * rows
+    if isinstance(stack, PackedMatrix):
+        weights = (stack.crow_indices.shape[0] - 1) * stack.in_features
+        kept = stack.scale_zero.shape[0] * stack.group_size / weights
+        return linear_cpu(x, stack.part(start, stop), kept=kept)
+    return F.linear(x, embedding(torch.arange(start, stop, device=x.device), stack, x.dtype))
+
+
+def _moe_fake(
+    x: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    gate_up: list[torch.Tensor],
+    down: list[torch.Tensor],
+    layout: str,
+    group_size: int,
+    activation: str,
+) -> torch.Tensor:
+    return x.new_empty(x.shape)
+
+
+register(_NAME, _SCHEMA, _moe, _moe_fake)
+
+
+def prepare(weight: GroupSparseMatrix, device: torch.device | str) -> Matrix:
+    """The experts' matrix as ``gqsa::moe`` wants it: in the order of the native kernels on a CPU that has them.
+
+    Args:
+        weight: valid.
+        device: where it is to be used.
+    """
+    weight = weight.to(device)
+    return PackedMatrix.pack(weight) if weight.qweight.device.type == "cpu" and native.available() else weight
+
+
+def moe(
+    x: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    gate_up: Matrix,
+    down: Matrix,
+    activation: str = "silu",
+) -> torch.Tensor:
+    """Call ``gqsa::moe`` with the tensors of two matrices.
+
+    Args:
+        x: float32, float16 or bfloat16 ``[..., K]``; M tokens in all, also none.
+        topk_weights: floating point ``[M, k]``.
+        topk_ids: integers ``[M, k]``: the experts of each token, all different; a negative one counts for nothing.
+        gate_up: ``[E * 2I, K]``, for each expert its gate above its up projection; trusted.
+        down: ``[E * K, I]``, trusted, in the same layout.
+        activation: one of :data:`ACTIVATIONS`.
+
+    Returns:
+        ``[..., K]`` in the dtype of ``x``: the sum over each token's experts of ``weight * down(activation(gate(x)) *
+        up(x))``, summed in float32.
+    """
+    result: torch.Tensor = torch.ops.gqsa.moe(
+        x,
+        topk_weights,
+        topk_ids,
+        list(gate_up.tensors().values()),
+        list(down.tensors().values()),
+        layout_of(down),
+        down.group_size,
+        activation,
+    )
+    return result

@@ -1,0 +1,149 @@
+"""One matrix of a layer on one rank, from empty placeholders to the tensors of its kernel."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from vllm.config import get_current_vllm_config
+
+from vllm_gqsa import kernels
+from vllm_gqsa.format import TENSORS, FormatError, GroupSparseMatrix
+from vllm_gqsa.plugin.loading import Placeholder, Staging, load_piece
+from vllm_gqsa.plugin.shards import ShardPlan
+
+__all__ = ["LayerMatrix", "process"]
+
+_DUMMY_SEED = 0
+
+
+class LayerMatrix:
+    """Owns the four parameters of one matrix; it holds no reference to the layer, which vLLM copies and reloads."""
+
+    def __init__(
+        self,
+        layer: torch.nn.Module,
+        plan: ShardPlan,
+        sparsity: float,
+        prefix: str = "",
+        loader: Callable[..., object] = load_piece,
+        prepare: Callable[[GroupSparseMatrix, torch.device], kernels.Matrix] = kernels.prepare,
+    ) -> None:
+        """Register empty placeholders; the sizes are in the checkpoint.
+
+        Args:
+            layer: gets the parameters.
+            plan: what this rank keeps of which matrices on disk.
+            sparsity: of the matrix that ``--load-format dummy`` makes.
+            prefix: in front of the names of the four parameters, where a layer has several matrices.
+            loader: what vLLM calls with each tensor of the checkpoint.
+            prepare: lays the matrix out for its kernel, on a device.
+        """
+        self.plan = plan
+        self.staging = Staging(plan)
+        self._sparsity = sparsity
+        self._prepare = prepare
+        self._prefix = prefix
+        self._dummy = get_current_vllm_config().load_config.load_format == "dummy"
+        self._layout = ""
+        self._shapes: dict[str, torch.Size] = {}
+        for piece in TENSORS:
+            layer.register_parameter(prefix + piece, Placeholder(piece, self.staging, loader))
+
+    def arguments(self, layer: torch.nn.Module) -> tuple[list[torch.Tensor], str]:
+        """What the ops want of the matrix: its tensors and the name of their layout."""
+        return [getattr(layer, self._prefix + name) for name in self._shapes], self._layout
+
+    def begin_loading(self) -> None:
+        """Forget what a reload that failed has left; the first load has nothing to forget."""
+        if self.staging.loaded:
+            self.staging.clear()
+
+    def take(self, layer: torch.nn.Module) -> kernels.Matrix | None:
+        """The loaded matrix as its kernel wants it; None without anything new.
+
+        Raises:
+            FormatError: see :func:`process`.
+        """
+        if self.staging.empty and not self._waits(layer):
+            return None
+        try:
+            prepared = self._prepare(self._staged(), self._device(layer))
+        finally:
+            self.staging.clear()
+        self._check_shapes(prepared)
+        return prepared
+
+    def install(self, layer: torch.nn.Module, prepared: kernels.Matrix) -> None:
+        """Put the tensors of what :meth:`take` gave in place of what was there."""
+        for name in {*TENSORS, *self._shapes}:
+            layer._parameters.pop(self._prefix + name, None)
+        for name, tensor in prepared.tensors().items():
+            parameter = torch.nn.Parameter(tensor.contiguous(), requires_grad=False)
+            layer.register_parameter(self._prefix + name, parameter)
+        self._layout = kernels.layout_of(prepared)
+        self._shapes = {name: tensor.shape for name, tensor in prepared.tensors().items()}
+        self.staging.loaded = True
+
+    def to_dense(self, layer: torch.nn.Module, dtype: torch.dtype) -> torch.Tensor:
+        """The dense weight ``[N, K]`` of this rank, also between loading and processing.
+
+        Raises:
+            FormatError: the checkpoint lacks tensors of this matrix.
+        """
+        if not self.staging.empty or self._waits(layer):
+            matrix = self._staged().to(self._device(layer))
+        else:
+            tensors, layout = self.arguments(layer)
+            plain = [tensor.data for tensor in tensors]
+            matrix = kernels.restore(kernels.rebuild(plain, layout, self.plan.columns, self.plan.group_size))
+        return matrix.to_dense(dtype)
+
+    def _device(self, layer: torch.nn.Module) -> torch.device:
+        return layer.get_parameter(self._prefix + "qweight").device
+
+    def _waits(self, layer: torch.nn.Module) -> bool:
+        return isinstance(layer.get_parameter(self._prefix + "qweight"), Placeholder)
+
+    def _staged(self) -> GroupSparseMatrix:
+        if not (self._dummy and self.staging.empty):
+            return self.staging.finish()
+        plan, generator = self.plan, torch.Generator().manual_seed(_DUMMY_SEED)
+        return GroupSparseMatrix.synthesize(plan.rows, plan.columns, plan.group_size, self._sparsity, generator)
+
+    def _check_shapes(self, prepared: kernels.Matrix) -> None:
+        # Reload copies into the tensors that run now, which captured graphs and compiled code hold. With the same
+        # number of groups in all, the CUDA layout may still be longer: rows differ in their lengths.
+        shapes = {name: tensor.shape for name, tensor in prepared.tensors().items()}
+        if self._shapes not in ({}, shapes):
+            raise FormatError(
+                f"{self.plan.sources.layer}: the reloaded weights keep other numbers of groups on this rank than the "
+                "running ones; only a checkpoint with the same numbers can be loaded into a running engine"
+            )
+
+    def wait_again(self, layer: torch.nn.Module) -> None:
+        """After a reload that failed: placeholders as vLLM makes them for a reload, on the meta device.
+
+        vLLM does not begin anew with a layer that was left half reloaded, and feeds it what the failed reload brought
+        once more, to the placeholders that are not on the meta device: see :func:`load_piece`.
+        """
+        for piece in TENSORS:
+            placeholder = getattr(layer, self._prefix + piece, None)
+            if self.staging.loaded and isinstance(placeholder, Placeholder):
+                layer.register_parameter(self._prefix + piece, placeholder.on_meta())
+
+
+def process(layer: torch.nn.Module, matrices: Sequence[LayerMatrix]) -> None:
+    """Put the loaded matrices of a layer in place of their placeholders, all or none; without anything new do nothing.
+
+    Raises:
+        FormatError: the checkpoint lacks tensors, which vLLM does not notice by itself, or a reload brings a matrix of
+            another size.
+    """
+    try:
+        taken = [matrix.take(layer) for matrix in matrices]
+    except FormatError:
+        for matrix in matrices:
+            matrix.wait_again(layer)
+        raise
+    for matrix, prepared in zip(matrices, taken, strict=True):
+        if prepared is not None:
+            matrix.install(layer, prepared)
