@@ -258,7 +258,7 @@ def estimate(
         samples=samples, context=context, ignore=ignore,
     )  # fmt: skip
     dense = DenseModel(model)
-    family = family_of(dense.config.model_type)
+    family = family_of(dense.config)
     costs = run(dense, family, recipe, check_layers(dense, family, recipe), batch=batch, device=device)
     if as_json:
         print(json.dumps(costs.to_json()))

@@ -116,7 +116,8 @@ def _peak(
     hidden, tokens = config.hidden_size, recipe.samples * recipe.context
     block = max(sum(p.numel() for p in b.parameters()) for b in blocks)
     outside = sum(p.numel() for p in skeleton.parameters()) - sum(p.numel() for p in blocks.parameters())
-    widths = [blocks.get_submodule(f"0.{names[0]}").weight.shape[1] for names in family.linears]
+    groups = max((family.linear_names(index) for index in range(len(blocks))), key=len)
+    widths = [skeleton.get_submodule(names[0]).weight.shape[1] for names in groups]
     widest = max(p.numel() for p in blocks[0].parameters())
     # Hessians of all inputs; the inverse, its factor and two temporaries of the widest; a linear's copies.
     working = sum(k * k for k in widths) + 4 * max(widths) ** 2 + 3 * widest
@@ -141,13 +142,17 @@ def _operations(
     skeleton: Any,  # noqa: ANN401 - transformers chooses the class
     head: str | None,
 ) -> float:
-    """Floating point operations, weighted by how far each part stays below a large matrix product's speed."""
+    """Floating point operations, weighted by how far each part stays below a large matrix product's speed.
+
+    Counted as if every token went through every expert of a mixture: an upper bound there.
+    """
     tokens = recipe.samples * recipe.context
     weights = sum(r * c for name, (r, c) in shapes.items() if name != head)
     # Twice through each block to calibrate, once dense and once compressed to measure.
     forward = 2.0 * weights * (2 * tokens + 2 * REPORTED_WINDOWS * recipe.context)
-    firsts = {names[0] for names in family.linears} | ({head} if head else set())
-    inputs = [c for name, (_, c) in shapes.items() if name.endswith(tuple(firsts))]
+    blocks = range(skeleton.config.num_hidden_layers)
+    firsts = {names[0] for index in blocks for names in family.linear_names(index, recipe.ignore)} | {head}
+    inputs = [c for name, (_, c) in shapes.items() if name in firsts]
     hessians = sum(2.0 * tokens * k * k + 2.0 * k**3 for k in inputs)
     # The column-by-column update runs at memory speed, about a twentieth of a matrix product's.
     updates = sum(1.0 * r * c * c + 20 * r * c * 128 for r, c in shapes.values()) if recipe.compensate else 0

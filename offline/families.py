@@ -1,9 +1,11 @@
 """Model families, described by data: a further family is a further entry of :data:`FAMILIES`."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from vllm_gqsa.format import is_ignored
+from vllm_gqsa.experts import MIXTURES, Mixture
+from vllm_gqsa.format import few, is_ignored
 from vllm_gqsa.offline.errors import InputError
 
 __all__ = ["FAMILIES", "Family", "family_of"]
@@ -21,6 +23,12 @@ class Family:
     """Linears that a serving engine joins into one: compressed all or none."""
     embedding: str | None = None
     """Dotted name of the input embedding; None where a serving engine takes neither it nor the head compressed."""
+    routers: tuple[str, ...] = ()
+    """Linears that are always left dense, as ``re:`` expressions: they choose the experts of a token."""
+    unmixed: "Family | None" = None
+    """The blocks of a mixture of experts that have none."""
+    is_unmixed: Callable[[int], bool] = lambda _: False
+    """Whether a block is one of those."""
 
     def linear_names(self, block: int, ignore: tuple[str, ...] = ()) -> list[list[str]]:
         """Full names of the linears of one block that are compressed, grouped by their input.
@@ -28,12 +36,14 @@ class Family:
         Raises:
             InputError: ``ignore`` takes some but not all linears of a fused layer.
         """
+        if self.unmixed is not None and self.is_unmixed(block):
+            return self.unmixed.linear_names(block, ignore)
         prefix = f"{self.blocks}.{block}."
         for names in self.fused:
             taken = [name for name in names if is_ignored(prefix + name, ignore)]
             if taken and len(taken) < len(names):
                 raise InputError(
-                    f"ignore takes {prefix}{taken[0]} but not all of {', '.join(names)}, which are served as one "
+                    f"ignore takes {prefix}{taken[0]} but not all of {few(names)}, which are served as one "
                     "fused layer: ignore all of them or none"
                 )
         groups = [[prefix + n for n in names if not is_ignored(prefix + n, ignore)] for names in self.linears]
@@ -61,15 +71,45 @@ FAMILIES: Mapping[str, Family] = {
         fused=(_QKV,),
     ),
 }
-"""Families by the ``model_type`` of config.json."""
+"""Families by the ``model_type`` of config.json, but for mixtures of experts: see :func:`family_of`."""
 
 
-def family_of(model_type: str) -> Family:
-    """The description of a family.
+_SHARED = ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj")
+
+
+def _mixture(config: Any, names: Mixture) -> Family:  # noqa: ANN401 - a transformers configuration
+    """The family of a mixture of experts: attention, every expert, and the expert that all tokens share, if any."""
+    count = config.num_local_experts if hasattr(config, "num_local_experts") else config.num_experts
+    experts = [f"{names.block}.experts.{number}." for number in range(count)]
+    pairs = [((each + names.gate, each + names.up), (each + names.down,)) for each in experts]
+    routed = tuple(group for pair in pairs for group in pair)
+    is_shared = bool(getattr(config, "shared_expert_intermediate_size", 0))
+    # Qwen's mixtures may have blocks without experts.
+    plain = frozenset(getattr(config, "mlp_only_layers", None) or ())
+    step = getattr(config, "decoder_sparse_step", 1)
+    return Family(
+        blocks=_GATED.blocks,
+        linears=(
+            *(_QKV, ("self_attn.o_proj",), *routed),
+            *((_SHARED, ("mlp.shared_expert.down_proj",)) if is_shared else ()),
+        ),
+        fused=(_QKV, tuple(name for group in routed for name in group), *((_SHARED,) if is_shared else ())),
+        routers=(r"re:.*\.(shared_expert_)?gate$",),
+        unmixed=_GATED,
+        is_unmixed=lambda block: block in plain or (block + 1) % step != 0,
+    )
+
+
+def family_of(config: Any) -> Family:  # noqa: ANN401 - a transformers configuration
+    """The description of the family of a model.
 
     Raises:
         InputError: the family is not supported; the message lists those that are.
     """
-    if model_type not in FAMILIES:
-        raise InputError(f"model_type {model_type!r} is not supported; supported are {', '.join(sorted(FAMILIES))}")
-    return FAMILIES[model_type]
+    kind = config.model_type
+    if kind in MIXTURES:
+        return _mixture(config, MIXTURES[kind])
+    if kind not in FAMILIES:
+        supported = ", ".join(sorted([*FAMILIES, *MIXTURES]))
+        raise InputError(f"model_type {kind!r} is not supported; supported are {supported}")
+    return FAMILIES[kind]

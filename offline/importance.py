@@ -28,8 +28,13 @@ class HessianSum:
         self.tokens += rows.shape[0]
 
     def hessian(self) -> torch.Tensor:
-        """H = (2 / n) sum x x^T, float32 ``[in_features, in_features]``."""
-        return self.total * (2 / max(1, self.tokens))
+        """H = (2 / n) sum x x^T, float32 ``[in_features, in_features]``.
+
+        Where no token came by, as at an expert that was never chosen, the identity: all inputs count alike.
+        """
+        if not self.tokens:
+            return torch.eye(self.total.shape[0], device=self.total.device)
+        return self.total * (2 / self.tokens)
 
 
 @dataclass(frozen=True)

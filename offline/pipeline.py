@@ -133,7 +133,7 @@ def compress(job: Job, progress: Progress) -> dict[str, Any]:
         FormatError: a file of the dense model is broken.
     """
     model = DenseModel(job.model)
-    family = family_of(model.config.model_type)
+    family = family_of(model.config)
     shapes = check_layers(model, family, job.recipe)
     check_context(job.recipe.context, model.config)
     calibration, evaluation, text = _windows(job, model)
@@ -239,5 +239,5 @@ def _measure(
     job: Job, model: DenseModel, source: TensorSource, windows: torch.Tensor, text: str, progress: Progress
 ) -> Perplexity:
     phase = f"perplexity of the {'dense' if source is model else 'compressed'} model"
-    stream = ModelStream(source, model.config, family_of(model.config.model_type), torch.device(job.device))
+    stream = ModelStream(source, model.config, family_of(model.config), torch.device(job.device))
     return streamed_perplexity(stream, windows, text, job.batch, lambda done, total: progress(phase, done, total))

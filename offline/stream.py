@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from vllm_gqsa.experts import fused_experts, name_as_in_files, unfuse_experts
 from vllm_gqsa.offline.errors import InputError
 from vllm_gqsa.offline.families import Family
 
@@ -24,16 +25,20 @@ class TensorSource(Protocol):
 
 
 def meta_model(config: Any) -> Any:  # noqa: ANN401 - transformers chooses the class
-    """The model of a transformers config without any memory for weights.
+    """The model of a transformers config without any memory for weights; its tensors have the names they have in files.
 
     Raises:
-        InputError: transformers has no causal language model for it.
+        InputError: transformers has no causal language model for it, or an unknown one with experts.
     """
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"transformers cannot build a causal language model from config.json: {error}") from error
+    unfuse_experts(model, config.model_type)
+    name_as_in_files(model, config.model_type)
+    if fused_experts(model):
+        raise InputError(f"model_type {config.model_type!r}: the names of its experts in files are not known")
     return model.eval()
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from vllm_gqsa.experts import name_in_model, weight_in_model
 from vllm_gqsa.format import CheckpointReader, FormatError, missing_dense
 from vllm_gqsa.offline.errors import InputError
 from vllm_gqsa.offline.inspect import module_shapes
@@ -112,11 +113,13 @@ def compare(folder: Path, dense: str, text: str = _PROMPT) -> Comparison:
 def _make_twin(model: Any, folder: Path) -> None:  # noqa: ANN401
     """Put everything a checkpoint holds, its linears expanded, into a dense model."""
     reader = CheckpointReader(folder)
+    kind = model.config.model_type
     for name, shape in module_shapes(reader).items():
-        weight = model.get_submodule(name).weight
+        weight = weight_in_model(model, name, kind)
         if tuple(weight.shape) != shape:
             raise InputError(f"{name} is {tuple(weight.shape)} in the dense model, {shape} in the checkpoint")
         weight.copy_(reader.matrix(name, shape).to_dense())
+    stored = {name_in_model(name, kind): name for name in reader.files.file_of}
     for name, tensor in model.state_dict().items():
-        if name in reader.files:
-            tensor.copy_(reader.files.tensor(name))
+        if name in stored:
+            tensor.copy_(reader.files.tensor(stored[name]))

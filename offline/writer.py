@@ -102,7 +102,7 @@ def write_rest(
         group_size=recipe.group_size,
         sparsity=recipe.sparsity,
         pattern=recipe.pattern,
-        ignore=recipe.left_dense,
+        ignore=(*recipe.left_dense, *family.routers),
         modules={name: ModuleEntry(nnz=kept[name]) for name in shapes},
     )
 

@@ -16,6 +16,10 @@ CONFIGS = {
     "mistral": {**GATED, "sliding_window": 16},
     "qwen2": {**GATED, "tie_word_embeddings": True},
     "qwen3": GATED,
+    "mixtral": GATED,
+    # The first block has no experts.
+    "qwen2_moe": {**GATED, "moe_intermediate_size": 48, "shared_expert_intermediate_size": 32, "mlp_only_layers": [0]},
+    "qwen3_moe": {**GATED, "moe_intermediate_size": 48, "mlp_only_layers": [0]},
     "opt": {**SIZES, "ffn_dim": 96, "word_embed_proj_dim": 32},
 }
 

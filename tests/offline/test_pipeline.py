@@ -14,6 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import vllm_gqsa.hf  # noqa: F401 - registers with transformers
+from vllm_gqsa.experts import MIXTURES
 from vllm_gqsa.format import CheckpointReader, FormatError, TensorFiles
 from vllm_gqsa.offline.errors import InputError
 from vllm_gqsa.offline.families import FAMILIES
@@ -61,6 +62,20 @@ def test_every_family_and_scope_gives_a_valid_checkpoint_that_computes_its_weigh
     assert comparison.dense_max_difference > 0
     for module in inspect_checkpoint(tmp_path / "out").modules:
         assert module.sparsity == pytest.approx(0.5, abs=0.13)  # 6 groups a row, 64 x 4 in all
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_every_expert_of_a_mixture_is_compressed(dense, text, tmp_path, family):
+    report = compress(job(dense(family), text, tmp_path / "out"), silent)
+    verify_checkpoint(tmp_path / "out", silent)
+    config = CheckpointReader(tmp_path / "out").config
+    experts = [name for name in config.modules if ".experts." in name]
+    blocks = 3 if family == "mixtral" else 2  # the first block of the others has none
+    assert len(experts) == blocks * 4 * 3
+    assert report["modules"] == len(experts) + 3 * 4 + {"mixtral": 0, "qwen2_moe": 3 + 2 * 3, "qwen3_moe": 3}[family]
+    assert r"re:.*\.(shared_expert_)?gate$" in config.ignore
+    comparison = compare(tmp_path / "out", str(dense(family)), "abc def gh")
+    assert comparison.twin_max_difference < 1e-4 < comparison.dense_max_difference
 
 
 def test_the_streamed_perplexity_is_that_of_transformers(finished, text):

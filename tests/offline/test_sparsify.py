@@ -163,3 +163,14 @@ def test_pruned_groups_are_exactly_zero(inverse, weight):
     groups = matrix.to_dense().view(ROWS, -1, GROUP)
     assert not groups[~matrix.keep()].any()
     assert matrix.sparsity == 0.5
+
+
+def test_a_linear_that_no_token_reached_is_pruned_by_magnitude():
+    # As an expert that the calibration text never chose.
+    weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
+    inverse = InverseHessian.of(HessianSum(64, torch.device("cpu")).hessian(), 0.01)
+    matrix = sparsify(weight, inverse, Recipe(sparsity=0.5))
+    sizes = weight.view(8, 4, 16).square().sum(-1)
+    assert torch.equal(matrix.keep(), sizes >= sizes.topk(2).values[:, 1:])
+    kept = matrix.keep().repeat_interleave(16, 1)
+    assert (matrix.to_dense() - weight * kept).abs().max() < 0.3
