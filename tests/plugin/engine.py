@@ -1,8 +1,9 @@
 """Runs one vLLM engine and writes what it did to a file; started as a process of its own by the tests.
 
 Usage: engine.py SPEC RESULT. SPEC holds a JSON list of jobs ``{"model", "options", "prompts", "max_tokens",
-"reload"}``; RESULT gets a list of ``{"tokens": [[...]], "after": {folder: [[...]]}}`` or ``{"error": text}``, in
-the same order.
+"reload", "features"}``; RESULT gets a list of ``{"tokens": [[...]], "after": [[[...]]], feature: ...}`` or
+``{"error": text}``, in the same order. A reload that fails gives its error in "after"; what a feature gives is said by
+the function of its name below.
 """
 
 import gc
@@ -25,26 +26,111 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-def generate(llm: Any, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
+def generate(llm: Any, prompts: list[list[int]], max_tokens: int, **options: Any) -> list[list[int]]:
     """Greedy tokens for each prompt."""
     from vllm import SamplingParams
 
     sampling = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False)
-    outputs = llm.generate([{"prompt_token_ids": each} for each in prompts], sampling, use_tqdm=False)
+    outputs = llm.generate([{"prompt_token_ids": each} for each in prompts], sampling, use_tqdm=False, **options)
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
+def ask(llm: Any, prompts: list[Any], **sampling: Any) -> list[Any]:
+    """Greedy completions."""
+    from vllm import SamplingParams
+
+    return llm.generate(prompts, SamplingParams(**{"temperature": 0, "ignore_eos": True, **sampling}), use_tqdm=False)
+
+
+def logprobs(llm: Any, job: dict[str, Any]) -> list[Any]:
+    """For each prompt: the log probabilities of its tokens, and of the three best at each generated one."""
+    prompts = [{"prompt_token_ids": each} for each in job["prompts"]]
+    outputs = ask(llm, prompts, max_tokens=4, logprobs=3, prompt_logprobs=1, detokenize=False)
+
+    def plain(positions: list[Any]) -> list[Any]:
+        return [each and sorted((token, entry.logprob) for token, entry in each.items()) for each in positions]
+
+    return [[plain(output.prompt_logprobs), plain(output.outputs[0].logprobs)] for output in outputs]
+
+
+def cached(llm: Any, job: dict[str, Any]) -> list[Any]:
+    """Tokens for a prompt of 90 tokens, twice, and how many of them came from the prefix cache."""
+    prompt = {"prompt_token_ids": [7 + at % 50 for at in range(90)]}
+    outputs = [ask(llm, [prompt], max_tokens=8)[0] for _ in range(2)]
+    return [[list(each.outputs[0].token_ids), each.num_cached_tokens] for each in outputs]
+
+
+def guided(llm: Any, job: dict[str, Any]) -> list[str]:
+    """Answers that a regular expression, a choice and a JSON schema allow."""
+    from vllm.sampling_params import StructuredOutputsParams
+
+    schema = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}
+    wishes = ({"regex": "[a-c]{5}"}, {"choice": ["yes", "no"]}, {"json": schema})
+    params = [{"structured_outputs": StructuredOutputsParams(**wish), "ignore_eos": False} for wish in wishes]
+    return [ask(llm, ["abc"], max_tokens=60, **each)[0].outputs[0].text for each in params]
+
+
+def chat(llm: Any, job: dict[str, Any]) -> str:
+    """The answer to a conversation."""
+    from vllm import SamplingParams
+
+    messages = [{"role": "user", "content": "abc"}]
+    sampling = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    return llm.chat(messages, sampling, use_tqdm=False)[0].outputs[0].text
+
+
+def stream(llm: Any, job: dict[str, Any]) -> list[list[int]]:
+    """The tokens of the first prompt as they come, step by step."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    sampling = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, output_kind=RequestOutputKind.DELTA)
+    llm.llm_engine.add_request("stream", {"prompt_token_ids": job["prompts"][0]}, sampling)
+    steps = []
+    while llm.llm_engine.has_unfinished_requests():
+        steps += [list(output.outputs[0].token_ids) for output in llm.llm_engine.step()]
+    return steps
+
+
+def lora(llm: Any, job: dict[str, Any]) -> list[list[int]]:
+    """Tokens with the adapter of the job."""
+    from vllm.lora.request import LoRARequest
+
+    request = LoRARequest("adapter", 1, job["adapter"])
+    return generate(llm, job["prompts"], job.get("max_tokens", 12), lora_request=request)
+
+
+def accepted(llm: Any, job: dict[str, Any]) -> int:
+    """How many guessed tokens speculative decoding took."""
+    counts = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
+    return int(counts["vllm:spec_decode_num_accepted_tokens"])
+
+
+def embed(llm: Any, job: dict[str, Any]) -> list[list[float]]:
+    """Embeddings of the prompts."""
+    outputs = llm.embed([{"prompt_token_ids": each} for each in job["prompts"]], use_tqdm=False)
+    return [output.outputs.embedding for output in outputs]
+
+
+FEATURES = {each.__name__: each for each in (logprobs, cached, guided, chat, stream, lora, accepted, embed)}
+
+
 def run(job: dict[str, Any]) -> dict[str, Any]:
-    """Start an engine, generate, and reload weights as often as the job says."""
+    """Start an engine, generate, reload weights as often as the job says, and try its features."""
     from vllm import LLM
 
     llm = LLM(model=job["model"], **{**DEFAULTS, **job.get("options", {})})
-    tokens = job.get("max_tokens", 12)
-    result: dict[str, Any] = {"tokens": generate(llm, job["prompts"], tokens), "after": []}
+    result: dict[str, Any] = {"after": []}
+    if job.get("options", {}).get("runner") != "pooling":
+        result["tokens"] = generate(llm, job["prompts"], job.get("max_tokens", 12))
     for folder in job.get("reload", []):
-        llm.collective_rpc("reload_weights", kwargs={"weights_path": folder})
-        result["after"].append(generate(llm, job["prompts"], tokens))
-    return result
+        try:
+            llm.collective_rpc("reload_weights", kwargs={"weights_path": folder})
+        except Exception as error:  # noqa: BLE001 - the next reload must work all the same
+            result["after"].append(f"{type(error).__name__}: {error}")
+        else:
+            result["after"].append(generate(llm, job["prompts"], job.get("max_tokens", 12)))
+    return result | {name: FEATURES[name](llm, job) for name in job.get("features", [])}
 
 
 def clean_up() -> None:
