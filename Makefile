@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test cuda-check lint format types demo bench-cpu clean
+.PHONY: help setup test cuda-check matrix lint format types demo bench-cpu clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,6 +22,15 @@ test: setup ## Run the default tests (no GPU, nothing slow)
 
 cuda-check: setup ## Test the CUDA kernels without a GPU, all of it (10 minutes at most)
 	$(BIN)/python -m pytest -n 2 -m "not gpu" tests/cuda
+
+# Other versions of vLLM that are built for the same torch; the results are in docs/compatibility.md.
+MATRIX ?= 0.29.0
+
+matrix: ## Run the plugin's tests beside other versions of vLLM (MATRIX="0.29.0 ...")
+	@set -e; for version in $(MATRIX); do \
+	  $(PYTHON) benchmarks/demo/install.py build/matrix/$$version --vllm $$version; \
+	  build/matrix/$$version/bin/python -m pytest tests/plugin; \
+	done
 
 lint: setup ## Check style and formatting with ruff
 	$(BIN)/ruff check .

