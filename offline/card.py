@@ -7,13 +7,14 @@ from typing import Any
 from vllm_gqsa.format import HEAD, GqsaConfig
 from vllm_gqsa.offline.estimate import DENSE_INT4_BITS, module_bytes
 from vllm_gqsa.offline.perplexity import Perplexity
+from vllm_gqsa.offline.training_report import table
 
 __all__ = ["REPORT_FILE", "make_report", "model_card"]
 
 REPORT_FILE = "gqsa_report.json"
 
 
-def make_report(
+def make_report(  # noqa: PLR0913, PLR0917 - a report says all there is to say
     model: str,
     command: str,
     dense_bytes: int,
@@ -22,6 +23,7 @@ def make_report(
     shapes: dict[str, tuple[int, int]],
     dense: Perplexity,
     compressed: Perplexity,
+    trained: dict[str, Any],
 ) -> dict[str, Any]:
     """Facts of a finished checkpoint, all counted or measured.
 
@@ -34,6 +36,7 @@ def make_report(
         shapes: ``(out_features, in_features)`` of every compressed linear, the head among them.
         dense: perplexity of the dense model.
         compressed: perplexity of the checkpoint, on the same text.
+        trained: what :func:`vllm_gqsa.offline.training_report.collect` gives.
 
     Returns:
         A JSON object. ``sparsity`` and ``bits_per_weight`` count the compressed linears alone, the head among them;
@@ -57,6 +60,8 @@ def make_report(
         "dense_bytes": dense_bytes,
         "perplexity": compressed.to_json(),
         "dense_perplexity": dense.to_json(),
+        "stages": table(trained),
+        "worst_modules": trained["worst_modules"],
     }
 
 
@@ -79,7 +84,7 @@ tags: [gqsa, int4, group-sparse]
 # {name}, GQSA W4 S{target} G{group_size}
 
 {model} with its linear layers compressed by vllm-gqsa: {percent} % of the groups of 1 x {group_size} weights are
-pruned (pattern `{pattern}`), the others are INT4 with a scale and a zero point each. {head}One-shot: no training.
+pruned (pattern `{pattern}`), the others are INT4 with a scale and a zero point each. {head}
 
 | | dense | this checkpoint |
 | --- | --- | --- |
@@ -89,11 +94,22 @@ pruned (pattern `{pattern}`), the others are INT4 with a scale and a zero point 
 
 Perplexity was measured block by block while the checkpoint was made, on: {text}.{note}
 
+## How it was made
+
+{stages}
+
+Largest relative error of a linear's output right after pruning and rounding: {worst}. All blocks and
+steps: `gqsa_training.json`; drawn:
+
+![errors of the blocks, losses of the steps](gqsa_training.png)
+
 ## Made by
 
 ```
 {command}
 ```
+
+The recipe with every setting: `gqsa_recipe.yaml`.
 
 ## Use
 
@@ -141,6 +157,8 @@ def model_card(report: dict[str, Any], folder: str = "path/to/this/folder") -> s
         ppl=_figure(report["perplexity"]["perplexity"]),
         dense_ppl=_figure(report["dense_perplexity"]["perplexity"]),
         command=report["command"],
+        stages=report["stages"],
+        worst=", ".join(f"`{name}` {error:.3g}" for name, error in report["worst_modules"].items()),
         folder=folder,
         note=note,
     )

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from pydantic import ValidationError
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
@@ -24,7 +23,7 @@ from rich.table import Table
 
 from vllm_gqsa.format import FormatError, parse_pattern
 from vllm_gqsa.offline.errors import InputError
-from vllm_gqsa.offline.recipe import Importance, Recipe
+from vllm_gqsa.offline.recipe import Importance, Precision, Recipe
 
 __all__ = ["main"]
 
@@ -62,9 +61,17 @@ Device = Annotated[
 ]
 Batch = Annotated[int, typer.Option(min=1, help="Windows at a time through a block; less takes less memory.")]
 Column = Annotated[str, typer.Option(help="Column of a .jsonl, .parquet or dataset that holds the text.")]
+RecipeName = Annotated[
+    str,
+    typer.Option(
+        "--recipe",
+        help="What is done to the weights: one-shot (no training), quick, default, best, or a YAML file such as the "
+        "gqsa_recipe.yaml beside a checkpoint. The options below change single settings of it.",
+    ),
+]
 Sparsity = Annotated[
     float | None,
-    typer.Option(help="Share of groups to prune, 0 to below 1.  [default: 0.5, or that of --pattern n:m]"),
+    typer.Option(help="Share of groups to prune, 0 to below 1.  [named recipes: 0.5, or that of --pattern n:m]"),
 ]
 LmHead = Annotated[
     float | None,
@@ -74,21 +81,38 @@ LmHead = Annotated[
         "prune. 0, INT4 without pruning, is the advice.  [default: leave it dense]",
     ),
 ]
-GroupSize = Annotated[int, typer.Option(help="Input features a group: 8, 16, 32, 64 or 128.")]
+GroupSize = Annotated[
+    int | None, typer.Option(help="Input features a group: 8, 16, 32, 64 or 128.  [named recipes: 16]")
+]
 Pattern = Annotated[
-    str,
+    str | None,
     typer.Option(
-        help="Scope of the mask: row (every row keeps the same number), matrix, or n:m (n of m adjacent groups)."
+        help="Scope of the mask: row (every row keeps the same number), matrix, or n:m (n of m adjacent groups).  "
+        "[named recipes: row]"
     ),
 ]
-ImportanceOption = Annotated[Importance, typer.Option(help="How a group's importance is computed from the Hessian.")]
-Compensate = Annotated[
-    bool, typer.Option(help="Let later weights take up the error of pruning and rounding earlier ones.")
+ImportanceOption = Annotated[
+    Importance | None, typer.Option(help="How a group's importance is computed from the Hessian.  [named recipes: obs]")
 ]
-Damping = Annotated[float, typer.Option(help="Share of the Hessian's mean diagonal that is added to it.")]
-Samples = Annotated[int, typer.Option(min=1, help="Calibration windows.")]
-Context = Annotated[int, typer.Option(min=2, help="Tokens a window.")]
-Seed = Annotated[int, typer.Option(help="Chooses the calibration windows.")]
+Compensate = Annotated[
+    bool | None,
+    typer.Option(
+        "--compensate/--no-compensate",
+        help="Let later weights take up the error of pruning and rounding earlier ones.  [named recipes: yes]",
+    ),
+]
+Damping = Annotated[
+    float | None, typer.Option(help="Share of the Hessian's mean diagonal that is added to it.  [named recipes: 0.01]")
+]
+Samples = Annotated[int | None, typer.Option(min=1, help="Calibration windows.  [named recipes: 128]")]
+Context = Annotated[int | None, typer.Option(min=2, help="Tokens a window.  [named recipes: 512]")]
+Seed = Annotated[int | None, typer.Option(help="Chooses the calibration windows, and their order in training.")]
+PrecisionOption = Annotated[
+    Precision | None,
+    typer.Option(
+        help="Arithmetic of training; auto is bfloat16 where the device multiplies it.  [named recipes: auto]"
+    ),
+]
 Ignore = Annotated[
     list[str] | None,
     typer.Option(
@@ -106,23 +130,18 @@ def main() -> None:
         sys.exit(2)
 
 
-def _recipe(**settings: Any) -> Recipe:  # noqa: ANN401
-    """A recipe from options; ``n:m`` brings its own sparsity."""
-    if settings["sparsity"] is None:
-        settings["sparsity"] = 0.5
-        if ":" in settings["pattern"]:
-            try:
-                n, m = parse_pattern(settings["pattern"])
-            except ValueError as error:
-                raise InputError(str(error)) from error
-            settings["sparsity"] = 1 - n / m
-    settings["ignore"] = tuple(settings["ignore"] or ())
-    try:
-        return Recipe(**settings)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        option = "--" + str(first["loc"][0]).replace("_", "-") + ": " if first["loc"] else ""
-        raise InputError(option + first["msg"].removeprefix("Value error, ")) from error
+def _recipe(name: str, **settings: Any) -> Recipe:  # noqa: ANN401
+    """A recipe with some settings replaced, those that are not None; ``n:m`` brings its own sparsity."""
+    recipe = Recipe.read(name)
+    given = {key: value for key, value in settings.items() if value is not None}
+    pattern = given.get("pattern", recipe.pattern)
+    if ":" in pattern and "sparsity" not in given:
+        try:
+            n, m = parse_pattern(pattern)
+        except ValueError as error:
+            raise InputError(str(error)) from error
+        given["sparsity"] = 1 - n / m
+    return recipe.changed(given)
 
 
 @contextmanager
@@ -170,16 +189,18 @@ def compress(
     calibration: Annotated[
         str, typer.Option(help="Text: a .txt, .jsonl or .parquet file, or a datasets name (name:config).")
     ],
+    recipe: RecipeName = "default",
     sparsity: Sparsity = None,
     lm_head: LmHead = None,
-    group_size: GroupSize = 16,
-    pattern: Pattern = "row",
-    importance: ImportanceOption = "obs",
-    compensate: Compensate = True,
-    damping: Damping = 0.01,
-    samples: Samples = 128,
-    context: Context = 512,
-    seed: Seed = 0,
+    group_size: GroupSize = None,
+    pattern: Pattern = None,
+    importance: ImportanceOption = None,
+    compensate: Compensate = None,
+    damping: Damping = None,
+    samples: Samples = None,
+    context: Context = None,
+    seed: Seed = None,
+    precision: PrecisionOption = None,
     ignore: Ignore = None,
     split: Annotated[str, typer.Option(help="Split of a dataset.")] = "train",
     column: Column = "text",
@@ -193,25 +214,30 @@ def compress(
     eval_windows: Annotated[int, typer.Option(min=1, help="Measure them on at most this many windows.")] = 16,
     device: Device = "cpu",
     batch: Batch = 8,
+    memory: Annotated[
+        float, typer.Option(min=0, help="GB of hidden states above which they are mapped from files in OUTPUT.")
+    ] = 8,
     restart: Annotated[bool, typer.Option("--restart", help="Throw away what an earlier run left in OUTPUT.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Compress a dense model: prune groups by Hessian importance, the rest to INT4.
+    """Compress a dense model: prune groups by Hessian importance, the rest to INT4, and train what is left.
 
-    One transformer block is in memory at a time. Start the same command again after an interruption: it goes on
-    where it stopped, and ends with the same bytes.
+    One transformer block is in memory at a time, but in end-to-end training. Start the same command again after an
+    interruption: it goes on where it stopped, and ends with the same bytes.
     """
     from vllm_gqsa.offline.pipeline import Job, compress as run
     from vllm_gqsa.offline.text import TextSource
 
-    recipe = _recipe(
-        sparsity=sparsity, lm_head=lm_head, group_size=group_size, pattern=pattern, importance=importance,
-        compensate=compensate, damping=damping, samples=samples, context=context, seed=seed, ignore=ignore,
+    chosen = _recipe(
+        recipe, sparsity=sparsity, lm_head=lm_head, group_size=group_size, pattern=pattern, importance=importance,
+        compensate=compensate, damping=damping, samples=samples, context=context, seed=seed, precision=precision,
+        ignore=ignore and tuple(ignore),
     )  # fmt: skip
     job = Job(
-        model=model, output=output, recipe=recipe, calibration=TextSource(calibration, split, column),
+        model=model, output=output, recipe=chosen, recipe_name=recipe,
+        calibration=TextSource(calibration, split, column),
         evaluation=None if eval_text is None else TextSource(eval_text, eval_split, column),
-        evaluation_windows=eval_windows, device=device, batch=batch, restart=restart,
+        evaluation_windows=eval_windows, device=device, batch=batch, memory=1e9 * memory, restart=restart,
     )  # fmt: skip
     with _progress() as progress:
         report = run(job, progress)
@@ -235,13 +261,14 @@ def compress(
 @app.command()
 def estimate(
     model: ModelArgument,
+    recipe: RecipeName = "default",
     sparsity: Sparsity = None,
     lm_head: LmHead = None,
-    group_size: GroupSize = 16,
-    pattern: Pattern = "row",
-    compensate: Compensate = True,
-    samples: Samples = 128,
-    context: Context = 512,
+    group_size: GroupSize = None,
+    pattern: Pattern = None,
+    compensate: Compensate = None,
+    samples: Samples = None,
+    context: Context = None,
     ignore: Ignore = None,
     device: Device = "cpu",
     batch: Batch = 8,
@@ -253,17 +280,17 @@ def estimate(
     from vllm_gqsa.offline.pipeline import check_layers
     from vllm_gqsa.offline.source import DenseModel
 
-    recipe = _recipe(
-        sparsity=sparsity, lm_head=lm_head, group_size=group_size, pattern=pattern, compensate=compensate,
-        samples=samples, context=context, ignore=ignore,
+    chosen = _recipe(
+        recipe, sparsity=sparsity, lm_head=lm_head, group_size=group_size, pattern=pattern, compensate=compensate,
+        samples=samples, context=context, ignore=ignore and tuple(ignore),
     )  # fmt: skip
     dense = DenseModel(model)
     family = family_of(dense.config)
-    costs = run(dense, family, recipe, check_layers(dense, family, recipe), batch=batch, device=device)
+    costs = run(dense, family, chosen, check_layers(dense, family, chosen), batch=batch, device=device)
     if as_json:
         print(json.dumps(costs.to_json()))
         return
-    where = f"{costs.blocks} blocks" + ("" if lm_head is None else " and the head")
+    where = f"{costs.blocks} blocks" + ("" if chosen.lm_head is None else " and the head")
     _facts(
         f"compressing {model}",
         {

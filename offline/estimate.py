@@ -84,7 +84,7 @@ def estimate(
     g = recipe.group_size
     weights = sum(rows * columns for rows, columns in shapes.values())
     head = head_name(model.config, family, recipe)
-    shares = {name: recipe.sparsity if name != head else recipe.for_head().sparsity for name in shapes}
+    shares = {name: recipe.sparsity_of(name) if name != head else recipe.for_head().sparsity for name in shapes}
     stored = sum(module_bytes(r, c, r * round(c // g * (1 - shares[name])), g) for name, (r, c) in shapes.items())
     replaced = sum(model.tensor_bytes(f"{name}.weight") for name in shapes)
     output = model.nbytes - replaced + stored

@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,9 @@ from vllm_gqsa.format import read_json
 from vllm_gqsa.offline.errors import InputError
 
 __all__ = [
+    "PARTIAL",
     "RUN_FILE",
+    "WORK_FOLDER",
     "digest_files",
     "digest_tensor",
     "open_run",
@@ -27,12 +30,15 @@ __all__ = [
 
 RUN_FILE = "gqsa_run.json"
 """Says what a folder is made of: its fingerprint. Written first, and kept as a record."""
-_PARTIAL = ".partial-"
+WORK_FOLDER = "gqsa_work"
+"""Folder in it for what is needed until it is finished."""
+PARTIAL = ".partial-"
+"""Files whose names begin so are not whole."""
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` make a temporary file beside ``path``, flush it to the disk, and rename it."""
-    temporary = path.with_name(_PARTIAL + path.name)
+    temporary = path.with_name(PARTIAL + path.name)
     write(temporary)
     with temporary.open("rb") as file:
         os.fsync(file.fileno())
@@ -86,7 +92,7 @@ def open_run(folder: Path, run: Mapping[str, Any], *, restart: bool) -> Iterator
     record = folder / RUN_FILE
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: is a file; name a folder")
-    if folder.is_dir() and not record.exists() and any(not p.name.startswith(_PARTIAL) for p in folder.iterdir()):
+    if folder.is_dir() and not record.exists() and any(not p.name.startswith(PARTIAL) for p in folder.iterdir()):
         raise InputError(f"{folder}: is not empty and was not begun by gqsa compress; choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder, os.O_RDONLY)
@@ -97,7 +103,7 @@ def open_run(folder: Path, run: Mapping[str, Any], *, restart: bool) -> Iterator
             raise InputError(f"{folder}: another gqsa compress is writing to it") from None
         if restart and record.exists():
             _clear(folder)
-        for leftover in folder.glob(_PARTIAL + "*"):
+        for leftover in folder.glob(PARTIAL + "*"):
             leftover.unlink()
         if record.exists():
             _compare(folder, read_json(record), json.loads(json.dumps(run)))
@@ -114,6 +120,8 @@ def _clear(folder: Path) -> None:
     for path in ordered:
         if path.is_file():
             path.unlink()
+        elif path.name == WORK_FOLDER:
+            shutil.rmtree(path)
 
 
 def _compare(folder: Path, old: Any, new: Any, key: str = "") -> None:  # noqa: ANN401 - JSON values

@@ -1,7 +1,7 @@
 """Dense model in, finished checkpoint out, one block at a time, resumable."""
 
 import shlex
-from collections.abc import Callable
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,20 +14,22 @@ from vllm_gqsa.format import CheckpointReader, read_json
 from vllm_gqsa.offline.card import REPORT_FILE, make_report, model_card
 from vllm_gqsa.offline.errors import InputError
 from vllm_gqsa.offline.families import Family, family_of
-from vllm_gqsa.offline.files import digest_files, digest_tensor, open_run, write_atomically, write_json
-from vllm_gqsa.offline.head import compress_head, find_head, head_name
+from vllm_gqsa.offline.files import WORK_FOLDER, digest_files, digest_tensor, open_run, write_atomically, write_json
+from vllm_gqsa.offline.head import find_head
+from vllm_gqsa.offline.passes import Progress, Work, run_passes
 from vllm_gqsa.offline.perplexity import REPORTED_WINDOWS, Perplexity, streamed_perplexity
-from vllm_gqsa.offline.recipe import Recipe
+from vllm_gqsa.offline.recipe import NAMED, Recipe
 from vllm_gqsa.offline.source import DenseModel
-from vllm_gqsa.offline.stages import STAGES, BlockContext, Matrices
 from vllm_gqsa.offline.stream import ModelStream, TensorSource, meta_model
 from vllm_gqsa.offline.text import TextSource, check_context, choose_windows, token_windows
-from vllm_gqsa.offline.writer import CompressedSource, install, shard_paths, write_block, write_head, write_rest
+from vllm_gqsa.offline.training import resolve_precision
+from vllm_gqsa.offline.training_report import TRAINING_FILE, TRAINING_PICTURE, collect, plot
+from vllm_gqsa.offline.writer import CompressedSource, write_rest
 
-__all__ = ["Job", "check_layers", "compress"]
+__all__ = ["RECIPE_FILE", "Job", "check_layers", "compress"]
 
-Progress = Callable[[str, int, int], None]
-"""Called with the name of a phase, steps done and steps in all."""
+RECIPE_FILE = "gqsa_recipe.yaml"
+"""The recipe, every setting written out, beside the checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +40,13 @@ class Job:
         model: folder or hub name of the dense model.
         output: folder of the checkpoint.
         recipe: what is done to the weights.
+        recipe_name: the named recipe or the file that it began as, for the recorded command.
         calibration: text for the Hessians.
         evaluation: text for the perplexities of the model card; None holds out the end of the calibration text.
         evaluation_windows: at most this many windows of ``recipe.context`` tokens are measured.
         device: torch device that computes.
         batch: windows at a time through a block.
+        memory: bytes of hidden states above which they are mapped from files.
         restart: throw away what an earlier run left in the output folder.
     """
 
@@ -50,16 +54,22 @@ class Job:
     output: Path
     recipe: Recipe
     calibration: TextSource
+    recipe_name: str = "one-shot"
     evaluation: TextSource | None = None
     evaluation_windows: int = REPORTED_WINDOWS
     device: str = "cpu"
     batch: int = 8
+    memory: float = 8e9
     restart: bool = False
 
     def command(self) -> str:
         """The command line that does this job, settings at their default left out."""
+        base, name = NAMED.get(self.recipe_name), self.recipe_name
+        if base is None or base.changed(self.recipe.model_dump(include=_OPTIONS)) != self.recipe:
+            base, name = self.recipe, str(self.output / RECIPE_FILE)  # options alone cannot say it
         settings: dict[str, Any] = {
-            **{k: (getattr(self.recipe, k), getattr(Recipe(), k)) for k in _RECIPE_OPTIONS},
+            "recipe": (name, "default"),
+            **{k: (getattr(self.recipe, k), getattr(base, k)) for k in _RECIPE_OPTIONS},
             "calibration": (self.calibration.name, None),
             "split": (self.calibration.split, "train"),
             "column": (self.calibration.column, "text"),
@@ -73,16 +83,17 @@ class Job:
         for name, (value, default) in settings.items():
             if value != default:
                 parts += ["--" + name.replace("_", "-"), str(value)]
-        if not self.recipe.compensate:
-            parts.append("--no-compensate")
-        for entry in self.recipe.ignore:
-            parts += ["--ignore", entry]
+        if self.recipe.compensate != base.compensate:
+            parts.append("--compensate" if self.recipe.compensate else "--no-compensate")
+        if self.recipe.ignore != base.ignore:
+            parts += [part for entry in self.recipe.ignore for part in ("--ignore", entry)]
         return shlex.join(parts)
 
 
 _RECIPE_OPTIONS = (
-    "sparsity", "lm_head", "group_size", "pattern", "importance", "damping", "samples", "context", "seed",
+    "sparsity", "lm_head", "group_size", "pattern", "importance", "damping", "samples", "context", "seed", "precision",
 )  # fmt: skip
+_OPTIONS = {*_RECIPE_OPTIONS, "compensate", "ignore"}
 
 
 def check_layers(model: DenseModel, family: Family, recipe: Recipe) -> dict[str, tuple[int, int]]:
@@ -136,103 +147,69 @@ def compress(job: Job, progress: Progress) -> dict[str, Any]:
     family = family_of(model.config)
     shapes = check_layers(model, family, job.recipe)
     check_context(job.recipe.context, model.config)
-    calibration, evaluation, text = _windows(job, model)
+    calibration, training, evaluation, text = _windows(job, model)
+    device = torch.device(job.device)
     run = {
         "vllm_gqsa": vllm_gqsa.__version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "device": torch.device(job.device).type,
+        "device": device.type,
+        "precision": resolve_precision(job.recipe.precision, device),
         "batch": job.batch,
         "model": {"config": model.raw_config, "weights": digest_files(model.files())},
         "recipe": job.recipe.model_dump(mode="json"),
         "calibration": digest_tensor(calibration),
+        "training": digest_tensor(training),
         "evaluation": digest_tensor(evaluation),
     }
+    folder = job.output / WORK_FOLDER
     with open_run(job.output, run, restart=job.restart):
         if (job.output / "config.json").exists():
             CheckpointReader(job.output)  # raises where a file has been lost since
+            shutil.rmtree(folder, ignore_errors=True)
             return read_json(job.output / REPORT_FILE)
-        shards = _write_compressed(job, model, family, calibration, progress)
+        work = Work(
+            job.output, folder, model, family, job.recipe, shapes, find_head(model, family, job.recipe), calibration,
+            training, job.batch, device, job.memory, progress,
+        )  # fmt: skip
+        shards = run_passes(work)
         config = write_rest(shards, job.recipe, model, family, shapes)
         compressed = CompressedSource(job.output, shapes, config)
         dense = _measure(job, model, model, evaluation, text, progress)
         ours = _measure(job, model, compressed, evaluation, text, progress)
-        report = make_report(job.model, job.command(), model.nbytes, job.output, config, shapes, dense, ours)
+        trained = collect(folder)
+        write_json(job.output / TRAINING_FILE, trained)
+        write_atomically(job.output / TRAINING_PICTURE, lambda path: plot(trained, path))
+        write_atomically(job.output / RECIPE_FILE, lambda path: path.write_text(job.recipe.to_yaml(), "utf-8"))
+        report = make_report(job.model, job.command(), model.nbytes, job.output, config, shapes, dense, ours, trained)
         write_json(job.output / REPORT_FILE, report)
         write_atomically(job.output / "README.md", lambda p: p.write_text(model_card(report), "utf-8"))
         write_json(job.output / "config.json", {**model.raw_config, "quantization_config": config.to_json()})
+        shutil.rmtree(folder)
     return report
 
 
-def _windows(job: Job, model: DenseModel) -> tuple[torch.Tensor, torch.Tensor, str]:
-    """Windows to calibrate on, windows to measure perplexity on, and the name of the latter."""
+def _windows(job: Job, model: DenseModel) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, str]:
+    """Windows to calibrate on, to train on end to end, to measure perplexity on, and the name of the latter."""
     tokenizer, recipe = model.tokenizer(), job.recipe
-    # Eight times as much as is asked for is read, so that the choice is spread over the text.
-    most = 8 * recipe.samples + job.evaluation_windows
+    tokens = max((stage.tokens for stage in (recipe.distill, recipe.oqp) if stage is not None), default=0)
+    # Eight times as many samples as are asked for are read, so that the choice is spread over the text.
+    most = max(8 * recipe.samples, -(-tokens // recipe.context) + 8) + job.evaluation_windows
     windows = token_windows(job.calibration, tokenizer, recipe.context, most)
     if job.evaluation is not None:
         measured = token_windows(job.evaluation, tokenizer, recipe.context, job.evaluation_windows)
-        return (
-            choose_windows(windows, recipe.samples, recipe.seed, job.calibration.name),
-            measured,
-            job.evaluation.name,
-        )
-    held = min(job.evaluation_windows, windows.shape[0] - recipe.samples)
-    if held < 1:
-        raise InputError(
-            f"{job.calibration.name}: its {windows.shape[0]} windows of {recipe.context} tokens leave none to measure "
-            f"perplexity on after {recipe.samples} for calibration; give --eval-text, more text, or fewer --samples"
-        )
-    chosen = choose_windows(windows[:-held], recipe.samples, recipe.seed, job.calibration.name)
-    return chosen, windows[-held:], f"{job.calibration.name} (held-out end)"
-
-
-def _write_compressed(
-    job: Job, model: DenseModel, family: Family, calibration: torch.Tensor, progress: Progress
-) -> list[Path]:
-    """Make the shard of every block, and of the head, that has none; returns the files of the checkpoint.
-
-    Each block, and the head, is fed what the compressed model feeds it. The embedding is the dense one, also where
-    it is tied to the head, which comes last.
-    """
-    device = torch.device(job.device)
-    blocks = len(meta_model(model.config).get_submodule(family.blocks))
-    head = head_name(model.config, family, job.recipe)
-    shards = shard_paths(job.output, blocks, head=head is not None)
-    if all(shard.exists() for shard in shards[:-1]):
-        return shards
-    stream = ModelStream(model, model.config, family, device)
-    hidden = stream.embed(calibration, job.batch)
-    linears = [family.linear_names(i, job.recipe.ignore) for i in range(blocks)]
-    done, total = 0, sum(len(group) for groups in linears for group in groups) + (head is not None)
-
-    def step() -> None:
-        nonlocal done
-        done += 1
-        progress("compressing", done, total)
-
-    for index, shard in enumerate(shards[:blocks]):
-        block = stream.block(index)
-        prefix = f"{family.blocks}.{index}."
-        if not shard.exists():
-            matrices: Matrices = {}
-            context = BlockContext(index, block, linears[index], hidden, prefix, job.recipe, job.batch, device, step)
-            for stage in STAGES:
-                matrices = stage(context, matrices)
-            write_block(shard, model, block, prefix, matrices)
-        else:
-            done += sum(len(group) for group in linears[index]) - 1
-            step()
-        if index + 1 < blocks or head is not None:
-            # Always from the file, so that a run that is continued feeds the next block the same numbers.
-            install(block, prefix, shard, [n for group in linears[index] for n in group], job.recipe.group_size)
-            block.advance(hidden, job.batch, device)
-    if head is not None:
-        inputs = stream.head_inputs(calibration, hidden, job.batch)
-        matrix = compress_head(head, model.tensor(f"{head}.weight"), inputs, job.recipe, device)
-        write_head(shards[blocks], head, matrix)
-        step()
-    return shards
+        text = job.evaluation.name
+    else:
+        held = min(job.evaluation_windows, windows.shape[0] - recipe.samples)
+        if held < 1:
+            raise InputError(
+                f"{job.calibration.name}: its {windows.shape[0]} windows of {recipe.context} tokens leave none to "
+                f"measure perplexity on after {recipe.samples} for calibration; give --eval-text, more text, or fewer "
+                "--samples"
+            )
+        windows, measured, text = windows[:-held], windows[-held:], f"{job.calibration.name} (held-out end)"
+    chosen = choose_windows(windows, recipe.samples, recipe.seed, job.calibration.name)
+    return chosen, windows if tokens else windows[:0], measured, text
 
 
 def _measure(

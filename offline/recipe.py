@@ -1,14 +1,77 @@
 """What is done to the weights: every choice that changes the result stands here."""
 
-from typing import Annotated, Literal
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from vllm_gqsa.format import GROUP_SIZES, HEAD, check_ignore, is_ignored, parse_pattern
+from vllm_gqsa.offline.errors import InputError
 
-__all__ = ["Importance", "Recipe"]
+__all__ = ["NAMED", "BlockTraining", "Distillation", "EndToEnd", "Importance", "Precision", "Recipe", "Training"]
 
 Importance = Literal["obs", "wanda", "block-obs"]
+Precision = Literal["auto", "bfloat16", "float32"]
+
+
+class Training(BaseModel):
+    """What the settings of all training stages have in common: AdamW, warm-up, cosine, clipped gradients."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    scale_lr: float = Field(default=1e-3, ge=0)
+    """Learning rate of the scales' logarithms: 1e-3 is about 0.1 % a step. 0 leaves the scales as they are."""
+    zero_lr: float = Field(default=1e-3, ge=0)
+    """Learning rate of the zero points, as shares of their range 0..15; 0 leaves them as they are."""
+    norm_lr: float = Field(default=1e-4, ge=0)
+    """Learning rate of norms and biases; 0 leaves them as they are."""
+    batch: int = Field(default=4, ge=1)
+    """Windows a step."""
+    warmup: float = Field(default=0.05, ge=0, lt=1)
+    """Share of the steps in which the learning rates rise to their peak."""
+    final_lr: float = Field(default=0.05, ge=0, le=1)
+    """What the cosine leaves of the learning rates at the end, as a share of their peak."""
+    clip: float = Field(default=1.0, gt=0)
+    """Largest norm of a step's gradient."""
+
+
+class BlockTraining(Training):
+    """BQPO: kept weights, scales and zero points of one block at a time."""
+
+    weight_lr: float = Field(default=1e-3, ge=0)
+    """Learning rate of the kept weights."""
+    epochs: int = Field(default=4, ge=1)
+    """How often the calibration windows are gone through."""
+    loss: Literal["update", "token", "mse"] = "update"
+    """Squared error of the block's output: ``mse`` as it is, so that the few massive activations of a sequence's first
+    positions outweigh all else; ``token`` relative to the output, ``update`` relative to what the block adds to its
+    input, position by position, so that each counts the same."""
+    hold_out: float = Field(default=0.1, gt=0, lt=1)
+    """Share of the calibration windows that judges, after each epoch, whether a block has become better."""
+    patience: int = Field(default=2, ge=1)
+    """Epochs without a better state after which a block is done; its best state counts."""
+
+
+class EndToEnd(Training):
+    """E2E-OQP: scales (and zero points) of the whole model, the INT4 codes and the mask frozen."""
+
+    tokens: int = Field(ge=1)
+    """Tokens to train on; a text that has fewer is gone through several times."""
+    loss: Literal["kl", "ce"] = "kl"
+    """``kl``: Kullback-Leibler divergence from the dense model's next-token distribution; ``ce``: next-token
+    cross-entropy, which needs no dense model in memory."""
+    checkpointing: bool = False
+    """Recompute each block in the backward pass: less memory, about a third more time."""
+
+
+class Distillation(EndToEnd):
+    """The same with the kept weights trained too, through the fake quantiser."""
+
+    weight_lr: float = Field(default=1e-3, ge=0)
+    """Learning rate of the kept weights."""
 
 
 class Recipe(BaseModel):
@@ -38,6 +101,22 @@ class Recipe(BaseModel):
     """Chooses the calibration windows."""
     ignore: Annotated[tuple[str, ...], Field()] = ()
     """Linears left dense: names, or ``re:`` and a regular expression. The head is, unless ``lm_head`` is set."""
+    overrides: Mapping[str, Annotated[float, Field(ge=0, lt=1)]] = {}
+    """Other sparsities: a name, or ``re:`` and a regular expression, and the share of groups to prune there. The first
+    that fits counts."""
+    precision: Precision = "auto"
+    """Arithmetic of the training stages; parameters are float32 always. ``auto``: bfloat16 where the device multiplies
+    it in hardware."""
+    bqpo: BlockTraining | None = None
+    """Block by block training; None leaves it out."""
+    distill: Distillation | None = None
+    """End-to-end training of kept weights, scales and zero points; None leaves it out."""
+    oqp: EndToEnd | None = None
+    """End-to-end training of scales and zero points, the last stage; None leaves it out."""
+
+    def sparsity_of(self, name: str) -> float:
+        """Share of groups to prune in the linear ``name`` (the head has its own, see :meth:`for_head`)."""
+        return next((share for entry, share in self.overrides.items() if is_ignored(name, (entry,))), self.sparsity)
 
     @property
     def left_dense(self) -> tuple[str, ...]:
@@ -60,6 +139,14 @@ class Recipe(BaseModel):
         if self.group_size not in GROUP_SIZES:
             raise ValueError(f"group_size {self.group_size} is not one of {', '.join(map(str, GROUP_SIZES))}")
         check_ignore(self.ignore)
+        for entry in self.overrides:
+            if entry.startswith("re:"):
+                try:
+                    re.compile(entry[3:])
+                except re.error as error:
+                    raise ValueError(f"overrides {entry!r} is not a regular expression: {error}") from error
+        if self.overrides and self.pattern not in ("row", "matrix"):
+            raise ValueError(f"pattern {self.pattern} prunes the same share everywhere; leave out overrides")
         if self.lm_head is not None and is_ignored(HEAD, self.ignore):
             raise ValueError(f"ignore takes {HEAD}, which is to be compressed; give one of --lm-head and --ignore")
         if self.pattern not in ("row", "matrix"):
@@ -69,3 +156,54 @@ class Recipe(BaseModel):
                     f"pattern {self.pattern} prunes {1 - n / m:g} of the groups, sparsity says {self.sparsity:g}"
                 )
         return self
+
+    @classmethod
+    def read(cls, name: str) -> "Recipe":
+        """A recipe by its name in :data:`NAMED`, or from a YAML file.
+
+        Raises:
+            InputError: neither, or the file breaks the rules above.
+        """
+        if name in NAMED:
+            return NAMED[name]
+        path = Path(name)
+        if not path.is_file():
+            raise InputError(f"--recipe {name}: is neither one of {', '.join(NAMED)} nor a file")
+        try:
+            return cls.model_validate(yaml.safe_load(path.read_text("utf-8")) or {})
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise InputError(f"{path}: is not YAML: {error}") from error
+        except ValidationError as error:
+            raise InputError(f"{path}: {_first_error(error)}") from error
+
+    def changed(self, settings: Mapping[str, Any]) -> "Recipe":
+        """The recipe with some settings replaced.
+
+        Raises:
+            InputError: a value is not allowed; the message begins with its option on the command line.
+        """
+        try:
+            return Recipe.model_validate({**self.model_dump(), **settings})
+        except ValidationError as error:
+            place, _, problem = _first_error(error).rpartition(": ")
+            option = f"--{place.replace('_', '-')}: " if place in Recipe.model_fields else ""
+            raise InputError(option + (problem if option else _first_error(error))) from error
+
+    def to_yaml(self) -> str:
+        """As :meth:`read` takes it from a file, every setting written out."""
+        return str(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))
+
+
+def _first_error(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    place = ".".join(str(part) for part in first["loc"])
+    return (f"{place}: " if place else "") + first["msg"].removeprefix("Value error, ")
+
+
+NAMED: Mapping[str, Recipe] = {
+    "one-shot": Recipe(),
+    "quick": Recipe(distill=Distillation(tokens=60_000, batch=1)),
+    "default": Recipe(distill=Distillation(tokens=300_000, batch=1)),
+    "best": Recipe(distill=Distillation(tokens=1_000_000, batch=1), oqp=EndToEnd(tokens=100_000)),
+}
+"""Recipes by name."""

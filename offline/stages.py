@@ -1,59 +1,21 @@
-"""What is done to one block: a list of stages, each giving better matrices than the one before."""
+"""What is done to one block: a list of stages, each giving a better block than the one before."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 
 import torch
 
-from vllm_gqsa.format import GroupSparseMatrix
+from vllm_gqsa.offline.block import BlockContext, BlockStage, CompressedBlock
+from vllm_gqsa.offline.bqpo import bqpo
 from vllm_gqsa.offline.errors import InputError
 from vllm_gqsa.offline.importance import HessianSum, InverseHessian
 from vllm_gqsa.offline.recipe import Recipe
 from vllm_gqsa.offline.sparsify import sparsify
-from vllm_gqsa.offline.stream import BlockRunner, watch_inputs
+from vllm_gqsa.offline.stream import watch_inputs
 
-__all__ = ["STAGES", "BlockContext", "BlockStage", "Matrices", "one_shot"]
-
-Matrices = dict[str, GroupSparseMatrix]
+__all__ = ["STAGES", "one_shot", "stages_of"]
 
 
-@dataclass
-class BlockContext:
-    """What a stage may use of the block in hand.
-
-    Attributes:
-        index: number of the block.
-        block: the dense block, float32, as the model calls it.
-        linears: full names of its compressed linears, those with the same input together.
-        local: full name to name within the block.
-        prefix: what stands before the local names, with a dot at the end.
-        inputs: hidden states ``[windows, context, hidden_size]`` that the compressed model feeds it.
-        recipe: the settings.
-        batch: windows at a time.
-        device: where to compute.
-        step: call once a linear is done.
-    """
-
-    index: int
-    block: BlockRunner
-    linears: list[list[str]]
-    local: dict[str, str] = field(init=False)
-    inputs: torch.Tensor
-    prefix: str
-    recipe: Recipe
-    batch: int
-    device: torch.device
-    step: Callable[[], None]
-
-    def __post_init__(self) -> None:
-        self.local = {name: name.removeprefix(self.prefix) for group in self.linears for name in group}
-
-
-BlockStage = Callable[[BlockContext, Matrices], Matrices]
-"""A step on one block: gets what the step before made (nothing, the first) and gives matrices by full name."""
-
-
-def one_shot(context: BlockContext, _matrices: Matrices) -> Matrices:
+def one_shot(context: BlockContext, _state: CompressedBlock) -> CompressedBlock:
     """The first stage: Hessians of the block's inputs, mask, compensation, INT4."""
     sums: dict[str, HessianSum] = {}
     for group in context.linears:
@@ -66,19 +28,39 @@ def one_shot(context: BlockContext, _matrices: Matrices) -> Matrices:
             context.block(context.inputs[start : start + context.batch].to(context.device))
     for hook in hooks:
         hook.remove()
-    matrices: Matrices = {}
+    state = CompressedBlock()
+    modules: dict[str, float] = {}
     for group in context.linears:
         name = group[0]
         try:
-            inverse = InverseHessian.of(sums.pop(name).hessian(), context.recipe.damping)
+            hessian = sums.pop(name).hessian()
+            inverse = InverseHessian.of(hessian, context.recipe.damping)
             for name in group:
-                weight = context.block.module.get_submodule(context.local[name]).weight
-                matrices[name] = sparsify(weight, inverse, context.recipe)  # type: ignore[arg-type]
-                context.step()
+                weight: torch.Tensor = context.block.module.get_submodule(context.local[name]).weight  # type: ignore[assignment]
+                recipe = context.recipe.model_copy(update={"sparsity": context.recipe.sparsity_of(name)})
+                state.matrices[name] = sparsify(weight, inverse, recipe)
+                modules[name] = _output_error(weight, state.matrices[name].to_dense().to(weight.device), hessian)
+                context.step(1)
         except ValueError as error:
             raise InputError(f"{name}: {error}") from error
-    return matrices
+    context.facts["modules"] = modules
+    return state
 
 
-STAGES: Sequence[BlockStage] = (one_shot,)
-"""What is done to each block, in order. Block-wise training (BQPO) takes its place after :func:`one_shot`."""
+def _output_error(weight: torch.Tensor, compressed: torch.Tensor, hessian: torch.Tensor) -> float:
+    """Squared error of a linear's output over the calibration text, relative to the square of that output."""
+    total = wrong = 0.0
+    for rows, ours in zip(weight.split(4096), compressed.split(4096), strict=True):
+        difference = rows - ours
+        total += float(((rows @ hessian) * rows).sum(dtype=torch.float64))
+        wrong += float(((difference @ hessian) * difference).sum(dtype=torch.float64))
+    return wrong / total if total > 0 else 0.0
+
+
+STAGES: Mapping[str, BlockStage] = {"one_shot": one_shot, "bqpo": bqpo}
+"""What can be done to each block, in order."""
+
+
+def stages_of(recipe: Recipe) -> dict[str, BlockStage]:
+    """The stages that a recipe asks for."""
+    return {name: stage for name, stage in STAGES.items() if name == "one_shot" or getattr(recipe, name) is not None}

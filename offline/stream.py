@@ -12,7 +12,10 @@ from vllm_gqsa.experts import fused_experts, name_as_in_files, unfuse_experts
 from vllm_gqsa.offline.errors import InputError
 from vllm_gqsa.offline.families import Family
 
-__all__ = ["BlockRunner", "ModelStream", "TensorSource", "meta_model"]
+__all__ = ["Allocate", "BlockRunner", "ModelStream", "TensorSource", "load_weights", "meta_model", "watch_inputs"]
+
+
+Allocate = Callable[[tuple[int, ...]], torch.Tensor]
 
 
 class TensorSource(Protocol):
@@ -42,6 +45,52 @@ def meta_model(config: Any) -> Any:  # noqa: ANN401 - transformers chooses the c
     return model.eval()
 
 
+def load_weights(
+    module: nn.Module,
+    source: TensorSource,
+    config: Any,  # noqa: ANN401 - a transformers configuration
+    device: torch.device,
+    *,
+    prefix: str = "",
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Give every meta parameter and buffer under ``module`` its value, and leave all others alone.
+
+    Args:
+        module: of :func:`meta_model`, or a part of it.
+        source: of the values.
+        config: of the model.
+        device: of the values.
+        prefix: what stands before the module's names in the model, with a dot at the end.
+        dtype: of the parameters; buffers stay float32.
+
+    Raises:
+        FormatError: a tensor is missing.
+        InputError: a tensor has another shape than the config says.
+    """
+    for name, child in list(module.named_modules()):
+        if any(b.is_meta for b in child.buffers(recurse=False)):
+            # Buffers that no checkpoint holds (rotary frequencies): made anew from the configuration.
+            fresh = type(child)(config=config).to(device)
+            module.set_submodule(name, fresh)
+    for name, parameter in list(module.named_parameters()):
+        if not parameter.is_meta:
+            continue
+        if config.tie_word_embeddings and prefix + name == "lm_head.weight" and prefix + name not in source:
+            continue
+        value = source.tensor(prefix + name)
+        if value.shape != parameter.shape:
+            raise InputError(
+                f"{prefix}{name} has shape {tuple(value.shape)}, config.json asks for {tuple(parameter.shape)}"
+            )
+        owner, _, leaf = name.rpartition(".")
+        # A copy: tensors read from a file share its memory, and stages write to the weights of a block.
+        value = value.to(device, dtype, copy=True)
+        setattr(module.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+    if not prefix and config.tie_word_embeddings:
+        module.tie_weights()  # type: ignore[operator]
+
+
 class _Recorder(nn.Module):
     """Stands in for a block: notes what it is called with and hands the hidden states on."""
 
@@ -68,12 +117,20 @@ class BlockRunner:
         out = self.module(hidden, **self._kwargs)
         return out[0] if isinstance(out, tuple) else out
 
-    def advance(self, hidden: torch.Tensor, batch: int, device: torch.device) -> None:
-        """Replace hidden states ``[windows, context, hidden_size]`` by the block's output, in place."""
-        with torch.no_grad():
-            for start in range(0, hidden.shape[0], batch):
-                part = hidden[start : start + batch]
-                part.copy_(self(part.to(device)))
+    @torch.no_grad()
+    def advance(self, hidden: torch.Tensor, batch: int, device: torch.device) -> torch.Tensor:
+        """Replace hidden states ``[windows, context, hidden_size]`` by the block's output, in place.
+
+        Returns:
+            Mean square of the change at every position, float32 ``[windows, context]``.
+        """
+        changes = []
+        for part in hidden.split(batch):
+            before = part.to(device)
+            after = self(before)
+            changes.append((after - before).square().mean(-1).cpu())
+            part.copy_(after)
+        return torch.cat(changes)
 
 
 class ModelStream:
@@ -95,43 +152,27 @@ class ModelStream:
         self._recorders = [_Recorder() for _ in self._blocks]
         parent, _, attribute = family.blocks.rpartition(".")
         setattr(self._model.get_submodule(parent), attribute, nn.ModuleList(self._recorders))
-        self._load(self._model, "")
-        if config.tie_word_embeddings:
-            self._model.tie_weights()
+        load_weights(self._model, source, self._model.config, device)
 
     def __len__(self) -> int:
         return len(self._blocks)
 
-    def _load(self, module: nn.Module, prefix: str) -> None:
-        """Give every meta parameter and buffer under ``module`` its value."""
-        tied = self._model.config.tie_word_embeddings
-        for name, child in list(module.named_modules()):
-            if any(b.is_meta for b in child.buffers(recurse=False)):
-                # Buffers that no checkpoint holds (rotary frequencies): made anew from the configuration.
-                fresh = type(child)(config=self._model.config).to(self.device)
-                module.set_submodule(name, fresh)
-        for name, parameter in list(module.named_parameters()):
-            if tied and prefix + name == "lm_head.weight" and prefix + name not in self._source:
-                continue
-            value = self._source.tensor(prefix + name)
-            if value.shape != parameter.shape:
-                raise InputError(
-                    f"{prefix}{name} has shape {tuple(value.shape)}, config.json asks for {tuple(parameter.shape)}"
-                )
-            owner, _, leaf = name.rpartition(".")
-            # A copy: tensors read from a file share its memory, and stages write to the weights of a block.
-            value = value.to(self.device, torch.float32, copy=True)
-            setattr(module.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
-
     @torch.no_grad()
-    def embed(self, tokens: torch.Tensor, batch: int) -> torch.Tensor:
-        """Token windows ``[windows, context]`` to the hidden states ``[windows, context, hidden_size]`` of block 0."""
-        parts = []
-        for start in range(0, tokens.shape[0], batch):
-            self._forward(tokens[start : start + batch])
-            parts.append(self._first().cpu())
+    def embed(self, tokens: torch.Tensor, batch: int, allocate: Allocate = torch.empty) -> torch.Tensor:
+        """Token windows ``[windows, context]`` to the hidden states ``[windows, context, hidden_size]`` of block 0.
+
+        Args:
+            tokens: the windows.
+            batch: windows at a time.
+            allocate: makes the result, an uninitialised float32 tensor on the CPU, from its shape.
+        """
+        self._forward(tokens[:1])
+        hidden = allocate((*tokens.shape, self._first().shape[-1]))
+        for windows, states in zip(tokens.split(batch), hidden.split(batch), strict=True):
+            self._forward(windows)
+            states.copy_(self._first())
         self._forward(tokens[:1])  # leaves each block's arguments for one window, which broadcast over a batch
-        return torch.cat(parts)
+        return hidden
 
     def _first(self) -> torch.Tensor:
         hidden = self._recorders[0].hidden
@@ -152,7 +193,8 @@ class ModelStream:
             InputError: a tensor has another shape than the config says.
         """
         module = copy.deepcopy(self._blocks[index])
-        self._load(module, f"{self._family.blocks}.{index}.")
+        prefix = f"{self._family.blocks}.{index}."
+        load_weights(module, self._source, self._model.config, self.device, prefix=prefix)
         return BlockRunner(module, self._recorders[index].kwargs)
 
     @torch.no_grad()

@@ -1,22 +1,22 @@
 """The files of a checkpoint: one shard a block, one for a compressed head, one for all else, index, tokenizer."""
 
 import struct
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from vllm_gqsa.format import HEAD, TENSORS, CheckpointReader, GqsaConfig, GroupSparseMatrix, ModuleEntry
+from vllm_gqsa.offline.block import CompressedBlock
 from vllm_gqsa.offline.families import Family
 from vllm_gqsa.offline.files import write_json, write_tensors
 from vllm_gqsa.offline.recipe import Recipe
 from vllm_gqsa.offline.source import DenseModel
-from vllm_gqsa.offline.stages import Matrices
-from vllm_gqsa.offline.stream import BlockRunner, meta_model
+from vllm_gqsa.offline.stream import meta_model
 
-__all__ = ["CompressedSource", "install", "shard_paths", "write_block", "write_head", "write_rest"]
+__all__ = ["CompressedSource", "read_block", "shard_paths", "write_block", "write_head", "write_rest"]
 
 
 def shard_paths(output: Path, blocks: int, *, head: bool) -> list[Path]:
@@ -25,40 +25,50 @@ def shard_paths(output: Path, blocks: int, *, head: bool) -> list[Path]:
     return [output / f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
 
 
-def write_block(shard: Path, model: DenseModel, block: BlockRunner, prefix: str, matrices: Matrices) -> None:
-    """Write the shard of one block: compressed linears, and everything else of the block as it was.
+def write_block(shard: Path, model: DenseModel, names: Iterable[str], state: CompressedBlock) -> None:
+    """Write the shard of one block: compressed linears, and everything else of the block in its stored dtype.
 
     Args:
         shard: the file.
         model: the dense model.
-        block: the block, for the names of its tensors.
-        prefix: what stands before them in the model, with a dot at the end.
-        matrices: the compressed linears by full name.
+        names: full names of the block's dense tensors.
+        state: what has been made of it.
     """
     tensors: dict[str, torch.Tensor] = {}
-    for name in block.module.state_dict():
-        module = prefix + name.removesuffix(".weight")
-        if name.endswith(".weight") and module in matrices:
-            tensors.update({f"{module}.{suffix}": t for suffix, t in matrices[module].tensors().items()})
+    for name in names:
+        module = name.removesuffix(".weight")
+        if name.endswith(".weight") and module in state.matrices:
+            tensors.update({f"{module}.{suffix}": t for suffix, t in state.matrices[module].tensors().items()})
         else:
-            tensors[prefix + name] = model.tensor(prefix + name)
+            value = model.tensor(name)
+            tensors[name] = state.tensors.get(name, value).to(value.dtype)
     write_tensors(shard, tensors)
+
+
+def read_block(shard: Path, shapes: Mapping[str, tuple[int, int]], group_size: int) -> CompressedBlock:
+    """Read the shard of one block.
+
+    Args:
+        shard: the file.
+        shapes: ``(out_features, in_features)`` of compressed linears by full name, those of other blocks too.
+        group_size: G.
+
+    Raises:
+        FormatError: a linear breaks the format.
+    """
+    tensors = load_file(shard)
+    state = CompressedBlock()
+    for name in [n.removesuffix(".qweight") for n in tensors if n.endswith(".qweight")]:
+        parts = {suffix: tensors.pop(f"{name}.{suffix}") for suffix in TENSORS}
+        state.matrices[name] = GroupSparseMatrix.from_tensors(parts, shapes[name][1], group_size)
+        state.matrices[name].validate(f"{shard}: {name}", shapes[name])
+    state.tensors = tensors
+    return state
 
 
 def write_head(shard: Path, name: str, matrix: GroupSparseMatrix) -> None:
     """Write the shard of a compressed head; ``name`` is its own, or that of the embedding that it is tied to."""
     write_tensors(shard, {f"{name}.{suffix}": tensor for suffix, tensor in matrix.tensors().items()})
-
-
-def install(block: BlockRunner, prefix: str, shard: Path, names: list[str], group_size: int) -> None:
-    """Replace the weights of a dense block by what its shard holds."""
-    tensors = load_file(shard)
-    for name in names:
-        linear: Any = block.module.get_submodule(name.removeprefix(prefix))
-        parts = {suffix: tensors[f"{name}.{suffix}"] for suffix in TENSORS}
-        matrix = GroupSparseMatrix.from_tensors(parts, linear.in_features, group_size)
-        matrix.validate(f"{shard}: {name}", (linear.out_features, linear.in_features))
-        linear.weight.copy_(matrix.to_dense())
 
 
 def write_rest(

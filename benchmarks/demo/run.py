@@ -124,7 +124,7 @@ def compress(dense: Path, ours: Path, calibration: Path, evaluation: Path, sampl
     if (ours / "config.json").exists():
         shutil.rmtree(ours)
     gqsa(
-        "compress", str(dense), str(ours),
+        "compress", str(dense), str(ours), "--recipe", "one-shot",
         "--sparsity", str(SPARSITY), "--group-size", str(GROUP_SIZE), "--lm-head", "0",
         "--calibration", str(calibration), "--samples", str(samples), "--context", str(CONTEXT),
         "--eval-text", str(evaluation), "--eval-windows", str(EVAL_WINDOWS),

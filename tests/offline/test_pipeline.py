@@ -263,7 +263,8 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(finished, dense, t
     again = tmp_path / "out"
     command = [
         sys.executable, "-m", "vllm_gqsa.offline.cli", "compress", str(dense("llama")), str(again),
-        "--calibration", str(text), "--samples", "6", "--context", "48", "--eval-windows", "4", "--batch", "4",
+        "--recipe", "one-shot", "--calibration", str(text),
+        "--samples", "6", "--context", "48", "--eval-windows", "4", "--batch", "4",
     ]  # fmt: skip
     rng = random.Random(0)
     kills = 0

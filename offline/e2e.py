@@ -1,0 +1,246 @@
+"""Training of the whole model, the mask frozen: distillation of the kept weights, and E2E-OQP (scales alone).
+
+Both read the shards of the stage before and write shards of the same kind. The state of the training is saved every few
+minutes; a run that was killed goes on from there and ends with the same bytes.
+"""
+
+import functools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from vllm_gqsa.offline.block import CompressedBlock
+from vllm_gqsa.offline.errors import InputError
+from vllm_gqsa.offline.families import Family
+from vllm_gqsa.offline.files import write_atomically
+from vllm_gqsa.offline.quantizer import GroupSparseLinear
+from vllm_gqsa.offline.recipe import Distillation, EndToEnd, Recipe
+from vllm_gqsa.offline.source import DenseModel
+from vllm_gqsa.offline.stream import load_weights, meta_model
+from vllm_gqsa.offline.training import (
+    Optimizer,
+    arithmetic,
+    replace_linears,
+    reproducible,
+    resolve_precision,
+    sample_order,
+)
+
+__all__ = ["SAVE_SECONDS", "EndToEndJob", "train_end_to_end"]
+
+SAVE_SECONDS = 300.0
+"""Time between two saves of the state of the training."""
+_JUDGES = 8
+"""At most this many windows judge the model before and after."""
+
+
+@dataclass(frozen=True)
+class EndToEndJob:
+    """What a stage works on.
+
+    Attributes:
+        name: of the stage, for messages.
+        settings: of the stage.
+        recipe: the whole recipe.
+        model: the dense model.
+        family: its description.
+        blocks: what the stage before made, one a block.
+        windows: tokens to train on, ``[windows, context]``; all but the last :data:`_JUDGES` (or an eighth).
+        batch: windows at a time through the model.
+        device: where to compute.
+        state: file for the state of the training.
+        progress: called with steps done and steps in all.
+    """
+
+    name: str
+    settings: EndToEnd
+    recipe: Recipe
+    model: DenseModel
+    family: Family
+    blocks: list[CompressedBlock]
+    windows: torch.Tensor
+    batch: int
+    device: torch.device
+    state: Path
+    progress: Callable[[int, int], None]
+
+
+def train_end_to_end(job: EndToEndJob) -> tuple[list[CompressedBlock], dict[str, Any]]:
+    """Train, or go on training.
+
+    Returns:
+        The blocks, and facts for the report: loss on the judging windows before and after, losses of the steps, tokens
+        trained on, and how many of them are different. Where training has made the loss on the judging windows worse,
+        the blocks are those it began with, and ``kept`` is false.
+
+    Raises:
+        InputError: the loss is not finite.
+    """
+    with reproducible(job.device):
+        student = _Student(job)
+        teacher = _teacher(job) if job.settings.loss == "kl" else None
+        losses = _Losses(job, student.model, teacher)
+        facts = _train(job, student, losses)
+    facts["kept"] = facts["after"] <= facts["before"]
+    return (student.blocks() if facts["kept"] else job.blocks), facts
+
+
+def _teacher(job: EndToEndJob) -> nn.Module:
+    """The dense model, in the arithmetic of the training."""
+    precision = resolve_precision(job.recipe.precision, job.device)
+    model: nn.Module = meta_model(job.model.config)
+    load_weights(model, job.model, job.model.config, job.device, dtype=getattr(torch, precision))
+    return model
+
+
+class _Student:
+    """The compressed model in training."""
+
+    def __init__(self, job: EndToEndJob) -> None:
+        frozen = not isinstance(job.settings, Distillation)
+        self._job = job
+        self.model = meta_model(job.model.config)
+        self.model.config.use_cache = False
+        self._linears: dict[str, GroupSparseLinear] = {}
+        for block in job.blocks:
+            for name, matrix in block.matrices.items():
+                bias = self.model.get_submodule(name).bias
+                self._linears[name] = GroupSparseLinear(matrix, bias, job.device, frozen_codes=frozen)
+                self.model.set_submodule(name, self._linears[name])
+        load_weights(self.model, job.model, job.model.config, job.device)
+        with torch.no_grad():
+            for block in job.blocks:
+                for name, tensor in block.tensors.items():
+                    self.model.get_parameter(name).copy_(tensor)
+        # Only now, since the biases have not had their values before. What stands outside the blocks stays as it is.
+        self._prefix = job.family.blocks + "."
+        local = {name.removeprefix(self._prefix): linear for name, linear in self._linears.items()}
+        blocks = self.model.get_submodule(job.family.blocks)
+        self.kinds = replace_linears(blocks, local, job.settings)
+        if job.settings.checkpointing:
+            for block in blocks:
+                block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [p for parameters in self.kinds.values() for p in parameters]
+
+    def blocks(self) -> list[CompressedBlock]:
+        """What is stored."""
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        changed = {names[id(p)]: p.detach().cpu().clone() for p in self.kinds.get("norm_lr", [])}
+        done = []
+        for index, block in enumerate(self._job.blocks):
+            own = f"{self._prefix}{index}."
+            tensors = {name: t for name, t in changed.items() if name.startswith(own)}
+            matrices = {name: self._linears[name].matrix() for name in block.matrices}
+            done.append(CompressedBlock(matrices, {**block.tensors, **tensors}))
+        return done
+
+
+class _Losses:
+    """The loss of some windows, and its gradients."""
+
+    def __init__(self, job: EndToEndJob, student: nn.Module, teacher: nn.Module | None) -> None:
+        self._job = job
+        self._student, self._teacher = student, teacher
+        self._precision = resolve_precision(job.recipe.precision, job.device)
+
+    def of(self, windows: torch.Tensor, *, backward: bool = False) -> float:
+        """Mean loss over all positions; with ``backward`` its gradients are added up too.
+
+        Args:
+            windows: tokens ``[windows, context]``.
+            backward: add up gradients.
+        """
+        total = 0.0
+        for part in windows.split(self._job.batch):
+            tokens = part.to(self._job.device)
+            with torch.no_grad():
+                wanted = None if self._teacher is None else self._teacher(tokens, use_cache=False).logits
+            with torch.set_grad_enabled(backward), arithmetic(self._precision, self._job.device):
+                logits = self._student(tokens, use_cache=False).logits
+            with torch.set_grad_enabled(backward):
+                loss = self._of_logits(logits, wanted, tokens) * (len(part) / len(windows))
+            if backward:
+                loss.backward()
+            total += float(loss.detach())
+        return total
+
+    def _of_logits(self, logits: torch.Tensor, wanted: torch.Tensor | None, tokens: torch.Tensor) -> torch.Tensor:
+        pieces = []
+        for i in range(len(tokens)):  # a vocabulary is wide: the float32 logits of one window at a time
+            if wanted is not None:
+                pieces.append(checkpoint(_divergence, logits[i], wanted[i], use_reentrant=False))
+            else:
+                pieces.append(checkpoint(_cross_entropy, logits[i, :-1], tokens[i, 1:], use_reentrant=False))
+        return torch.stack(pieces).mean()
+
+
+def _divergence(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    ours, theirs = logits.float().log_softmax(-1), wanted.float().log_softmax(-1)
+    return nn.functional.kl_div(ours, theirs, log_target=True, reduction="batchmean")
+
+
+def _cross_entropy(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    return nn.functional.cross_entropy(logits.float(), tokens)
+
+
+def _train(job: EndToEndJob, student: _Student, losses: _Losses) -> dict[str, Any]:
+    held = max(1, min(_JUDGES, len(job.windows) // 8))
+    windows, judges = job.windows[:-held], job.windows[-held:]
+    if not len(windows):
+        raise InputError(f"{job.name}: needs two windows of text or more; give more text")
+    per_step = job.settings.batch * windows.shape[1]
+    steps = -(-job.settings.tokens // per_step)
+    optimizer = Optimizer(student.kinds, job.settings, steps)
+    state = _resume(job, student, optimizer) or {"step": 0, "curve": [], "before": losses.of(judges)}
+    saved = time.monotonic()
+    for step in range(state["step"], steps):
+        picked = windows[_picked(len(windows), step * job.settings.batch, job.settings.batch, job.recipe.seed)]
+        loss = losses.of(picked, backward=True)
+        optimizer.step(step, loss, job.name)
+        state["curve"].append(loss)
+        state["step"] = step + 1
+        if time.monotonic() - saved >= SAVE_SECONDS or step + 1 == steps:
+            _save(job, student, optimizer, state)
+            saved = time.monotonic()
+        job.progress(step + 1, steps)
+    return {
+        "loss": {"kl": "KL divergence from the dense model", "ce": "cross-entropy"}[job.settings.loss],
+        "before": state["before"],
+        "after": losses.of(judges),
+        "curve": state["curve"],
+        "tokens": steps * per_step,
+        "distinct_tokens": min(steps * per_step, windows.numel()),
+    }
+
+
+def _picked(count: int, start: int, batch: int, seed: int) -> torch.Tensor:
+    """Numbers of the windows of a step: epoch after epoch, each in its own order."""
+    places = range(start, start + batch)
+    orders = {epoch: sample_order(count, epoch, seed) for epoch in {place // count for place in places}}
+    return torch.stack([orders[place // count][place % count] for place in places])
+
+
+def _save(job: EndToEndJob, student: _Student, optimizer: Optimizer, state: dict[str, Any]) -> None:
+    whole = {**state, "parameters": [p.detach() for p in student.parameters], "adam": optimizer.adam.state_dict()}
+    write_atomically(job.state, lambda path: torch.save(whole, path))
+
+
+def _resume(job: EndToEndJob, student: _Student, optimizer: Optimizer) -> dict[str, Any] | None:
+    """Set model and optimiser to the state that was saved last, if one was."""
+    if not job.state.exists():
+        return None
+    state: dict[str, Any] = torch.load(job.state, map_location=job.device, weights_only=True)
+    with torch.no_grad():
+        for parameter, value in zip(student.parameters, state.pop("parameters"), strict=True):
+            parameter.copy_(value)
+    optimizer.adam.load_state_dict(state.pop("adam"))
+    return state

@@ -1,0 +1,181 @@
+"""The passes over a model: block after block, end to end, and the head. Each leaves shards, and does nothing twice."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from vllm_gqsa.offline.block import BlockContext, CompressedBlock, install
+from vllm_gqsa.offline.e2e import EndToEndJob, train_end_to_end
+from vllm_gqsa.offline.families import Family
+from vllm_gqsa.offline.files import PARTIAL, write_json
+from vllm_gqsa.offline.head import compress_head
+from vllm_gqsa.offline.recipe import EndToEnd, Recipe
+from vllm_gqsa.offline.source import DenseModel
+from vllm_gqsa.offline.stages import stages_of
+from vllm_gqsa.offline.stream import ModelStream, meta_model
+from vllm_gqsa.offline.writer import read_block, shard_paths, write_block, write_head
+
+__all__ = ["Progress", "Work", "run_passes"]
+
+Progress = Callable[[str, int, int], None]
+"""Called with the name of a phase, steps done and steps in all."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the passes share.
+
+    Attributes:
+        output: folder of the checkpoint.
+        folder: folder in it for what is needed until the checkpoint is finished.
+        model: the dense model.
+        family: its description.
+        recipe: the settings.
+        shapes: ``(out_features, in_features)`` of every compressed linear.
+        head: name of the head's matrix where it is compressed, else None.
+        calibration: tokens ``[windows, context]`` for Hessians and BQPO.
+        training: tokens ``[windows, context]`` for the end-to-end stages.
+        batch: windows at a time.
+        device: where to compute.
+        memory: bytes of hidden states above which they are mapped from files.
+        progress: called as it goes on.
+    """
+
+    output: Path
+    folder: Path
+    model: DenseModel
+    family: Family
+    recipe: Recipe
+    shapes: dict[str, tuple[int, int]]
+    head: str | None
+    calibration: torch.Tensor
+    training: torch.Tensor
+    batch: int
+    device: torch.device
+    memory: float
+    progress: Progress
+
+    def tensor_names(self) -> list[list[str]]:
+        """Full names of the dense tensors of every block."""
+        blocks = meta_model(self.model.config).get_submodule(self.family.blocks)
+        return [[f"{self.family.blocks}.{i}.{name}" for name in b.state_dict()] for i, b in enumerate(blocks)]
+
+    def block(self, shard: Path) -> CompressedBlock:
+        """What a shard holds."""
+        return read_block(shard, self.shapes, self.recipe.group_size)
+
+    def stream(self) -> ModelStream:
+        """The model's other parts, and its blocks dense."""
+        return ModelStream(self.model, self.model.config, self.family, self.device)
+
+    def allocate(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """Uninitialised float32 on the CPU; in a file that has no name any more where it is large."""
+        count = torch.Size(shape).numel()
+        if 4 * count <= self.memory:
+            return torch.empty(shape)
+        path = self.folder / f"{PARTIAL}hidden"
+        mapped = torch.from_file(str(path), shared=True, size=count).view(shape)
+        path.unlink()
+        return mapped
+
+
+def run_passes(work: Work) -> list[Path]:
+    """Make the shards of all blocks and of the head; returns the files of the checkpoint."""
+    names = work.tensor_names()
+    settings = {"distill": work.recipe.distill, "oqp": work.recipe.oqp}
+    stages = {name: value for name, value in settings.items() if value is not None}
+    # Each pass but the last leaves its shards in a folder of its own.
+    folders = [*[work.folder / name for name in ("blocks", *stages)][:-1], work.output]
+    shards = [shard_paths(folder, len(names), head=work.head is not None) for folder in folders]
+    blocks = [paths[: len(names)] for paths in shards]
+    for folder in (work.folder, *folders):
+        folder.mkdir(parents=True, exist_ok=True)
+    done = [number for number, paths in enumerate(blocks) if all(path.exists() for path in paths)]
+    first = max(done, default=-1) + 1
+    if first == 0:
+        _compress_blocks(work, blocks[0], names)
+    for number, (name, value) in enumerate(stages.items(), 1):
+        if number >= first:
+            _train(work, name, value, names, blocks[number - 1], blocks[number])
+    if work.head is not None:
+        _compress_head(work, work.head, blocks[-1], shards[-1][len(names)])
+    return shards[-1]
+
+
+def _compress_blocks(work: Work, shards: list[Path], names: list[list[str]]) -> None:
+    """Each block is fed what the compressed model feeds it, and compared with the dense block in the dense model."""
+    stream = work.stream()
+    inputs = stream.embed(work.calibration, work.batch, work.allocate)
+    dense = work.allocate(tuple(inputs.shape)).copy_(inputs)
+    linears = [work.family.linear_names(i, work.recipe.ignore) for i in range(len(shards))]
+    epochs = 0 if work.recipe.bqpo is None else work.recipe.bqpo.epochs
+    steps = [sum(len(group) for group in groups) + epochs for groups in linears]
+    done = 0
+
+    def step(count: int) -> None:
+        nonlocal done
+        done += count
+        work.progress("compressing", done, sum(steps))
+
+    for index, shard in enumerate(shards):
+        block = stream.block(index)
+        update = block.advance(dense, work.batch, work.device)
+        prefix = f"{work.family.blocks}.{index}."
+        if shard.exists():
+            step(steps[index])
+        else:
+            context = BlockContext(
+                index, block, linears[index], prefix, inputs, dense, update, work.recipe, work.batch, work.device, step
+            )
+            state, errors = CompressedBlock(), {}
+            for name, stage in stages_of(work.recipe).items():
+                state = stage(context, state)
+                install(block.module, prefix, state)
+                errors[name] = context.error()
+            write_json(_facts(work, f"block-{index:05d}"), {"block": index, "errors": errors, **context.facts})
+            write_block(shard, work.model, names[index], state)
+        if index + 1 < len(shards):
+            # Always from the file, so that a run that is continued feeds the next block the same numbers.
+            install(block.module, prefix, work.block(shard))
+            block.advance(inputs, work.batch, work.device)
+
+
+def _train(
+    work: Work, name: str, settings: EndToEnd, names: list[list[str]], before: list[Path], after: list[Path]
+) -> None:
+    state = work.folder / f"{name}.state"
+    job = EndToEndJob(
+        name=name, settings=settings, recipe=work.recipe, model=work.model, family=work.family,
+        blocks=[work.block(shard) for shard in before], windows=work.training, batch=work.batch,
+        device=work.device, state=state, progress=lambda done, total: work.progress(name, done, total),
+    )  # fmt: skip
+    blocks, facts = train_end_to_end(job)
+    write_json(_facts(work, name), facts)
+    for shard, tensors, block in zip(after, names, blocks, strict=True):
+        write_block(shard, work.model, tensors, block)
+    state.unlink()
+
+
+def _compress_head(work: Work, name: str, shards: list[Path], shard: Path) -> None:
+    """The head comes last, and is fed what the compressed model feeds it. The embedding is the dense one, also where
+    it is tied to the head.
+    """
+    if shard.exists():
+        return
+    stream = work.stream()
+    hidden = stream.embed(work.calibration, work.batch, work.allocate)
+    for index, path in enumerate(shards):
+        block = stream.block(index)
+        install(block.module, f"{work.family.blocks}.{index}.", work.block(path))
+        block.advance(hidden, work.batch, work.device)
+    inputs = stream.head_inputs(work.calibration, hidden, work.batch)
+    matrix = compress_head(name, work.model.tensor(f"{name}.weight"), inputs, work.recipe, work.device)
+    write_head(shard, name, matrix)
+    work.progress("compressing the head", 1, 1)
+
+
+def _facts(work: Work, name: str) -> Path:
+    """What a report will say about a block or a stage; written before its shards."""
+    return work.folder / f"{name}.json"

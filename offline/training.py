@@ -1,0 +1,123 @@
+"""What both training stages share: parameter groups, learning rates, arithmetic, and a stop at the first NaN."""
+
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from vllm_gqsa.offline.errors import InputError
+from vllm_gqsa.offline.quantizer import GroupSparseLinear
+from vllm_gqsa.offline.recipe import Precision, Training
+
+__all__ = ["Optimizer", "arithmetic", "replace_linears", "reproducible", "resolve_precision", "sample_order"]
+
+# Read when cuBLAS starts; without it torch cannot promise equal bits on CUDA.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def resolve_precision(wanted: Precision, device: torch.device) -> str:
+    """``bfloat16`` or ``float32``; ``auto`` is bfloat16 where the device multiplies it in hardware."""
+    if wanted != "auto":
+        return wanted
+    if device.type == "cpu":
+        return "bfloat16" if torch.cpu._is_avx512_bf16_supported() else "float32"
+    return "bfloat16"
+
+
+@contextmanager
+def arithmetic(precision: str, device: torch.device) -> Iterator[None]:
+    """Mixed precision, or float32 throughout."""
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16"):
+        yield
+
+
+def replace_linears(
+    module: nn.Module, linears: dict[str, GroupSparseLinear], settings: Training
+) -> dict[str, list[nn.Parameter]]:
+    """Put linears in training in the place of dense ones, and sort the parameters by their learning rate.
+
+    Args:
+        module: a block or a model; all else in it is frozen but norms and biases, if the settings train them.
+        linears: by name within the module.
+        settings: which parameters are trained.
+
+    Returns:
+        Parameters by the setting that holds their learning rate.
+    """
+    for name, linear in linears.items():
+        module.set_submodule(name, linear)
+    kinds: dict[str, list[nn.Parameter]] = {"weight_lr": [], "scale_lr": [], "zero_lr": [], "norm_lr": []}
+    for linear in linears.values():
+        kinds["scale_lr"].append(linear.log_scale)
+        kinds["zero_lr"].append(linear.zero)
+        if linear.weight is not None:
+            kinds["weight_lr"].append(linear.weight)
+    theirs = {id(p) for parameters in kinds.values() for p in parameters}
+    kinds["norm_lr"] = [p for p in module.parameters() if p.dim() == 1 and id(p) not in theirs]
+    chosen = {kind: parameters for kind, parameters in kinds.items() if getattr(settings, kind, 0) and parameters}
+    module.requires_grad_(requires_grad=False)
+    for parameters in chosen.values():
+        for parameter in parameters:
+            parameter.requires_grad_()
+    return chosen
+
+
+class Optimizer:
+    """AdamW with a learning rate for each kind of parameter, warm-up, cosine, and clipped gradients."""
+
+    def __init__(self, kinds: dict[str, list[nn.Parameter]], settings: Training, steps: int) -> None:
+        self._settings = settings
+        self._steps = steps
+        groups = [{"params": parameters, "peak": getattr(settings, kind)} for kind, parameters in kinds.items()]
+        self._parameters = [p for parameters in kinds.values() for p in parameters]
+        self.adam = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+
+    def factor(self, step: int) -> float:
+        """Share of its peak that a learning rate has in a step, counted from 0."""
+        warm = round(self._settings.warmup * self._steps)
+        if step < warm:
+            return (step + 1) / warm
+        share = (step - warm) / max(1, self._steps - warm)
+        return self._settings.final_lr + (1 - self._settings.final_lr) * 0.5 * (1 + math.cos(math.pi * share))
+
+    def step(self, step: int, loss: float, where: str) -> None:
+        """Move the parameters along their gradients, and drop these.
+
+        Args:
+            step: number of the step, from 0.
+            loss: of the step.
+            where: stage and block, for the message.
+
+        Raises:
+            InputError: loss or gradients are not finite.
+        """
+        for group in self.adam.param_groups:
+            group["lr"] = group["peak"] * self.factor(step)
+        norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._settings.clip, foreach=True)
+        if not (math.isfinite(loss) and math.isfinite(float(norm))):
+            raise InputError(
+                f"{where}: loss {loss:g} and gradient {float(norm):g} in step {step + 1}: training has diverged; "
+                "lower the learning rates of this stage in the recipe (weight_lr first), or set precision to float32"
+            )
+        self.adam.step()
+        self.adam.zero_grad(set_to_none=True)
+
+
+def sample_order(count: int, epoch: int, seed: int) -> torch.Tensor:
+    """A permutation of ``count`` windows, another one in each epoch."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return torch.randperm(count, generator=generator)
+
+
+@contextmanager
+def reproducible(device: torch.device) -> Iterator[None]:
+    """The same numbers in the same order give the same bits; on CUDA it costs some speed."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(device.type != "cpu", warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
