@@ -296,6 +296,10 @@ def estimate(
         {
             "linears": f"{costs.modules} in {where}, {costs.compressed_weights / 1e6:.1f} M weights",
             "peak memory": f"{_megabytes(costs.peak_memory_bytes)}, beside 0.8 GB for Python, torch and mapped files",
+            **{
+                f"of it in {name}": f"{_megabytes(cost['memory_bytes'])}, roughly {_duration(cost['seconds'])}"
+                for name, cost in costs.training.items()
+            },
             "disk": _megabytes(costs.disk_bytes),
             "result": f"{_megabytes(costs.output_bytes)} (dense {_megabytes(costs.dense_bytes)})",
             "bits a weight, compressed linears": f"{costs.bits_per_weight:.2f}",

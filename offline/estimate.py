@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from vllm_gqsa.offline.estimate_training import training_costs
 from vllm_gqsa.offline.families import Family
 from vllm_gqsa.offline.head import head_name
 from vllm_gqsa.offline.perplexity import REPORTED_WINDOWS
@@ -13,9 +14,12 @@ from vllm_gqsa.offline.recipe import Recipe
 from vllm_gqsa.offline.source import DenseModel
 from vllm_gqsa.offline.sparsify import CHUNK
 from vllm_gqsa.offline.stream import meta_model
+from vllm_gqsa.offline.training import resolve_precision
 
 __all__ = ["DENSE_INT4_BITS", "Estimate", "estimate", "module_bytes"]
 
+_TRAINING_SPEED = 0.5
+"""Share of a large matrix product's speed that training reaches, roughly."""
 DENSE_INT4_BITS = 4.125
 """Bits a weight of the usual rival: dense INT4, groups of 128, a 16-bit scale each."""
 
@@ -33,8 +37,9 @@ class Estimate:
         dense_bytes: safetensors files of the dense model.
         disk_bytes: needed free in the output folder.
         peak_memory_bytes: beside what Python, torch and mapped files take (about 0.8 GB).
-        seconds: rough; from this machine's measured speed of a float32 matrix product.
-        gflops: that speed, in 10^9 floating point operations a second.
+        seconds: rough, training included; from this machine's measured speed of a matrix product.
+        gflops: that speed in float32, in 10^9 floating point operations a second.
+        training: memory in bytes and seconds of each training stage, rough.
     """
 
     blocks: int
@@ -47,6 +52,7 @@ class Estimate:
     peak_memory_bytes: int
     seconds: float
     gflops: float
+    training: dict[str, dict[str, float]]
 
     def to_json(self) -> dict[str, Any]:
         """A plain dictionary."""
@@ -88,7 +94,19 @@ def estimate(
     stored = sum(module_bytes(r, c, r * round(c // g * (1 - shares[name])), g) for name, (r, c) in shapes.items())
     replaced = sum(model.tensor_bytes(f"{name}.weight") for name in shapes)
     output = model.nbytes - replaced + stored
-    gflops = _gflops(device)
+    gflops = _gflops(device, torch.float32)
+    seconds = _operations(recipe, family, shapes, skeleton, head) / (gflops * 1e9)
+    peak = _peak(skeleton, blocks, family, recipe, batch, shapes.get(head or ""))
+    inside = sum(r * c for name, (r, c) in shapes.items() if name != head)
+    precision = resolve_precision(recipe.precision, torch.device(device))
+    costs = training_costs(skeleton, blocks, inside, recipe, batch, precision)
+    speed = _TRAINING_SPEED * 1e9 * _gflops(device, getattr(torch, precision)) if costs else 1.0
+    training = {
+        name: {"memory_bytes": cost.memory_bytes, "seconds": cost.operations / speed} for name, cost in costs.items()
+    }
+    # Each pass leaves its shards until the checkpoint is finished; the state is written anew beside the old one.
+    passes = 1 + ("distill" in costs) + ("oqp" in costs)
+    state = max((2 * cost.state_bytes for cost in costs.values()), default=0)
     return Estimate(
         blocks=count,
         modules=len(shapes),
@@ -96,10 +114,11 @@ def estimate(
         bits_per_weight=8 * stored / weights,
         output_bytes=output,
         dense_bytes=model.nbytes,
-        disk_bytes=output + output // count,
-        peak_memory_bytes=_peak(skeleton, blocks, family, recipe, batch, shapes.get(head or "")),
-        seconds=_operations(recipe, family, shapes, skeleton, head) / (gflops * 1e9),
+        disk_bytes=passes * output + output // count + state,
+        peak_memory_bytes=max(peak, *(cost.memory_bytes for cost in costs.values()), 0),
+        seconds=seconds + sum(cost["seconds"] for cost in training.values()),
         gflops=gflops,
+        training=training,
     )
 
 
@@ -122,7 +141,9 @@ def _peak(
     # Hessians of all inputs; the inverse, its factor and two temporaries of the widest; a linear's copies.
     working = sum(k * k for k in widths) + 4 * max(widths) ** 2 + 3 * widest
     activations = batch * recipe.context * (4 * hidden + 3 * max(widths))
-    streams = hidden * (tokens + REPORTED_WINDOWS * recipe.context)
+    streams = hidden * (
+        2 * tokens + REPORTED_WINDOWS * recipe.context
+    )  # what the dense and the compressed model feed it
     logits = 3 * recipe.context * config.vocab_size
     heads = 0 if head is None else _head_floats(*head, recipe.group_size)
     return 4 * (outside + block + streams + max(working + activations, heads, logits))
@@ -148,8 +169,8 @@ def _operations(
     """
     tokens = recipe.samples * recipe.context
     weights = sum(r * c for name, (r, c) in shapes.items() if name != head)
-    # Twice through each block to calibrate, once dense and once compressed to measure.
-    forward = 2.0 * weights * (2 * tokens + 2 * REPORTED_WINDOWS * recipe.context)
+    # Three times through each block to calibrate, once dense and once compressed to measure.
+    forward = 2.0 * weights * (3 * tokens + 2 * REPORTED_WINDOWS * recipe.context)
     blocks = range(skeleton.config.num_hidden_layers)
     firsts = {names[0] for index in blocks for names in family.linear_names(index, recipe.ignore)} | {head}
     inputs = [c for name, (_, c) in shapes.items() if name in firsts]
@@ -160,9 +181,9 @@ def _operations(
     return forward + hessians + updates + logits
 
 
-def _gflops(device: str) -> float:
+def _gflops(device: str, dtype: torch.dtype) -> float:
     size = 1024
-    a = torch.rand(size, size, device=device)
+    a = torch.rand(size, size, device=device).to(dtype)
     float((a @ a)[0, 0])  # warm up
     begin, products = time.perf_counter(), 0
     while time.perf_counter() - begin < 0.5:

@@ -1,0 +1,120 @@
+"""What the training stages will cost: memory of the device, and floating point operations."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_gqsa.offline.recipe import Distillation, EndToEnd, Recipe
+
+__all__ = ["StageCost", "training_costs"]
+
+_PARAMETER = 16
+"""Bytes of a trained float32 parameter, its gradient, and AdamW's two moments."""
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """Of one training stage.
+
+    Attributes:
+        memory_bytes: on the device.
+        state_bytes: largest file with the state of the training; 0 for a stage that begins each block anew.
+        operations: floating point operations in matrix products.
+    """
+
+    memory_bytes: int
+    state_bytes: int
+    operations: float
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """What the costs are made of.
+
+    Attributes:
+        block: weights in the linears of a block.
+        linears: of all blocks.
+        token: weights on a token's way to its logits.
+        outside: parameters outside the blocks.
+        kept: parameters that training has for each weight of a linear.
+        width: inputs and outputs of a block's linears, summed.
+        half: bytes of a number in the arithmetic of training.
+    """
+
+    block: int
+    linears: int
+    token: int
+    outside: int
+    kept: float
+    width: int
+    half: int
+
+    def activations(self, windows: int, context: int) -> int:
+        """Bytes that a block's backward pass needs of its forward pass, roughly."""
+        return 4 * 3 * windows * context * self.width
+
+
+def training_costs(
+    skeleton: Any,  # noqa: ANN401 - transformers chooses the class
+    blocks: Any,  # noqa: ANN401
+    weights: int,
+    recipe: Recipe,
+    batch: int,
+    precision: str,
+) -> dict[str, StageCost]:
+    """Costs of the training stages that a recipe asks for, by their names.
+
+    Args:
+        skeleton: the model without memory for weights.
+        blocks: its list of blocks.
+        weights: number of weights in the compressed linears of all blocks.
+        recipe: the settings.
+        batch: windows at a time.
+        precision: ``bfloat16`` or ``float32``.
+    """
+    config = skeleton.config
+    outside = sum(p.numel() for p in skeleton.parameters()) - sum(p.numel() for p in blocks.parameters())
+    linears = [p for p in blocks[0].parameters() if p.dim() == 2]
+    sizes = _Sizes(
+        block=weights // len(blocks),
+        linears=weights,
+        token=weights + config.hidden_size * config.vocab_size,
+        outside=outside,
+        # A scale and a zero point stand beside each kept group.
+        kept=(1 - recipe.sparsity) * (1 + 2 / recipe.group_size),
+        width=sum(p.shape[0] + p.shape[1] for p in linears),
+        half=2 if precision == "bfloat16" else 4,
+    )
+    costs = {} if recipe.bqpo is None else {"bqpo": _block(sizes, recipe, batch)}
+    for name, settings in (("distill", recipe.distill), ("oqp", recipe.oqp)):
+        if settings is not None:
+            costs[name] = _end_to_end(sizes, recipe, settings, batch, len(blocks), config.vocab_size)
+    return costs
+
+
+def _block(sizes: _Sizes, recipe: Recipe, batch: int) -> StageCost:
+    assert recipe.bqpo is not None
+    windows = min(batch, recipe.bqpo.batch)
+    # The dense block beside the one in training, and the weights that this one multiplies by.
+    memory = sizes.block * (4 + _PARAMETER * sizes.kept + 4 + sizes.half) + sizes.activations(windows, recipe.context)
+    tokens = recipe.samples * recipe.context * recipe.bqpo.epochs
+    return StageCost(int(memory), 0, 6.0 * sizes.linears * tokens)
+
+
+def _end_to_end(
+    sizes: _Sizes, recipe: Recipe, settings: EndToEnd, batch: int, blocks: int, vocabulary: int
+) -> StageCost:
+    windows = min(batch, settings.batch)
+    scales = 2 * (1 - recipe.sparsity) / recipe.group_size
+    trained = sizes.kept if isinstance(settings, Distillation) else scales
+    state = sizes.linears * trained * _PARAMETER * 0.75  # the gradient is not saved
+    teacher = (sizes.linears + sizes.outside) * sizes.half if settings.loss == "kl" else 0
+    # Between the passes: the weights that are multiplied by, and each block's activations, or one block's of both.
+    alive = 1 if settings.checkpointing else blocks
+    between = alive * (sizes.block * sizes.half + sizes.activations(windows, recipe.context))
+    if not isinstance(settings, Distillation):
+        between += int(sizes.linears * sizes.kept) * 5  # codes, and their values
+    logits = (2 * sizes.half * windows + 3 * 4) * recipe.context * vocabulary
+    memory = sizes.linears * trained * _PARAMETER + 4 * sizes.outside + teacher + between + logits
+    # Forward and backward, the teacher forward; a checkpointed block forward once more.
+    passes = 6 + (2 if settings.loss == "kl" else 0) + (2 if settings.checkpointing else 0)
+    return StageCost(int(memory), int(state), float(passes) * sizes.token * settings.tokens)
