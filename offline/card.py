@@ -98,8 +98,7 @@ Perplexity was measured block by block while the checkpoint was made, on: {text}
 
 {stages}
 
-Largest relative error of a linear's output right after pruning and rounding: {worst}. All blocks and
-steps: `gqsa_training.json`; drawn:
+{worst}All blocks and steps: `gqsa_training.json`; drawn:
 
 ![errors of the blocks, losses of the steps](gqsa_training.png)
 
@@ -158,10 +157,17 @@ def model_card(report: dict[str, Any], folder: str = "path/to/this/folder") -> s
         dense_ppl=_figure(report["dense_perplexity"]["perplexity"]),
         command=report["command"],
         stages=report["stages"],
-        worst=", ".join(f"`{name}` {error:.3g}" for name, error in report["worst_modules"].items()),
+        worst=_worst_sentence(report["worst_modules"]),
         folder=folder,
         note=note,
     )
+
+
+def _worst_sentence(worst: dict[str, float]) -> str:
+    if not worst:
+        return ""
+    listed = ", ".join(f"`{name}` {error:.3g}" for name, error in worst.items())
+    return f"Largest relative errors of a linear's output right after one-shot pruning: {listed}. "
 
 
 def _head_sentence(head: dict[str, Any] | None) -> str:

@@ -1,7 +1,8 @@
-"""Training of the whole model, the mask frozen: distillation of the kept weights, and E2E-OQP (scales alone).
+"""Training of the whole model: gradual pruning, distillation of the kept weights, and E2E-OQP (scales alone).
 
-Both read the shards of the stage before and write shards of the same kind. The state of the training is saved every few
-minutes; a run that was killed goes on from there and ends with the same bytes.
+Each reads the shards of the stage before it (pruning, the first, the dense model) and writes shards of the same kind.
+The state of the training is saved every few minutes; a run that was killed goes on from there and ends with the same
+bytes.
 """
 
 import functools
@@ -15,14 +16,15 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from vllm_gqsa.format import GroupSparseMatrix
 from vllm_gqsa.offline.block import CompressedBlock
 from vllm_gqsa.offline.errors import InputError
 from vllm_gqsa.offline.families import Family
 from vllm_gqsa.offline.files import write_atomically
-from vllm_gqsa.offline.quantizer import GroupSparseLinear
-from vllm_gqsa.offline.recipe import Distillation, EndToEnd, Recipe
+from vllm_gqsa.offline.quantizer import GroupSparseLinear, MaskedLinear, TrainedLinear
+from vllm_gqsa.offline.recipe import Distillation, GradualPruning, Recipe, WholeModel
 from vllm_gqsa.offline.source import DenseModel
-from vllm_gqsa.offline.stream import load_weights, meta_model
+from vllm_gqsa.offline.stream import load_weights, meta_model, watch_inputs
 from vllm_gqsa.offline.training import (
     Optimizer,
     arithmetic,
@@ -38,6 +40,8 @@ SAVE_SECONDS = 300.0
 """Time between two saves of the state of the training."""
 _JUDGES = 8
 """At most this many windows judge the model before and after."""
+_OBSERVED = 16
+"""Windows that say how large a linear's inputs are."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,8 @@ class EndToEndJob:
         recipe: the whole recipe.
         model: the dense model.
         family: its description.
-        blocks: what the stage before made, one a block.
+        linears: full names of the linears to compress, one list a block.
+        blocks: what the stage before made, one a block; empty ones begin at the dense model.
         windows: tokens to train on, ``[windows, context]``; all but the last :data:`_JUDGES` (or an eighth).
         batch: windows at a time through the model.
         device: where to compute.
@@ -59,10 +64,11 @@ class EndToEndJob:
     """
 
     name: str
-    settings: EndToEnd
+    settings: WholeModel
     recipe: Recipe
     model: DenseModel
     family: Family
+    linears: list[list[str]]
     blocks: list[CompressedBlock]
     windows: torch.Tensor
     batch: int
@@ -76,8 +82,8 @@ def train_end_to_end(job: EndToEndJob) -> tuple[list[CompressedBlock], dict[str,
 
     Returns:
         The blocks, and facts for the report: loss on the judging windows before and after, losses of the steps, tokens
-        trained on, and how many of them are different. Where training has made the loss on the judging windows worse,
-        the blocks are those it began with, and ``kept`` is false.
+        trained on, and how many of them are different. Where training has made the loss on the judging windows worse
+        (but for pruning, which always does), the blocks are those it began with, and ``kept`` is false.
 
     Raises:
         InputError: the loss is not finite.
@@ -87,7 +93,7 @@ def train_end_to_end(job: EndToEndJob) -> tuple[list[CompressedBlock], dict[str,
         teacher = _teacher(job) if job.settings.loss == "kl" else None
         losses = _Losses(job, student.model, teacher)
         facts = _train(job, student, losses)
-    facts["kept"] = facts["after"] <= facts["before"]
+    facts["kept"] = isinstance(job.settings, GradualPruning) or facts["after"] <= facts["before"]
     return (student.blocks() if facts["kept"] else job.blocks), facts
 
 
@@ -103,16 +109,14 @@ class _Student:
     """The compressed model in training."""
 
     def __init__(self, job: EndToEndJob) -> None:
-        frozen = not isinstance(job.settings, Distillation)
         self._job = job
         self.model = meta_model(job.model.config)
         self.model.config.use_cache = False
-        self._linears: dict[str, GroupSparseLinear] = {}
-        for block in job.blocks:
-            for name, matrix in block.matrices.items():
-                bias = self.model.get_submodule(name).bias
-                self._linears[name] = GroupSparseLinear(matrix, bias, job.device, frozen_codes=frozen)
-                self.model.set_submodule(name, self._linears[name])
+        self.linears: dict[str, TrainedLinear] = {}
+        for names, block in zip(job.linears, job.blocks, strict=True):
+            for name in names:
+                self.linears[name] = _linear(job, self.model.get_submodule(name), block.matrices.get(name))
+                self.model.set_submodule(name, self.linears[name])
         load_weights(self.model, job.model, job.model.config, job.device)
         with torch.no_grad():
             for block in job.blocks:
@@ -120,7 +124,7 @@ class _Student:
                     self.model.get_parameter(name).copy_(tensor)
         # Only now, since the biases have not had their values before. What stands outside the blocks stays as it is.
         self._prefix = job.family.blocks + "."
-        local = {name.removeprefix(self._prefix): linear for name, linear in self._linears.items()}
+        local = {name.removeprefix(self._prefix): linear for name, linear in self.linears.items()}
         blocks = self.model.get_submodule(job.family.blocks)
         self.kinds = replace_linears(blocks, local, job.settings)
         if job.settings.checkpointing:
@@ -136,12 +140,63 @@ class _Student:
         names = {id(p): name for name, p in self.model.named_parameters()}
         changed = {names[id(p)]: p.detach().cpu().clone() for p in self.kinds.get("norm_lr", [])}
         done = []
-        for index, block in enumerate(self._job.blocks):
+        for index, (linears, block) in enumerate(zip(self._job.linears, self._job.blocks, strict=True)):
             own = f"{self._prefix}{index}."
             tensors = {name: t for name, t in changed.items() if name.startswith(own)}
-            matrices = {name: self._linears[name].matrix() for name in block.matrices}
+            matrices = {name: self.linears[name].matrix() for name in linears}
             done.append(CompressedBlock(matrices, {**block.tensors, **tensors}))
         return done
+
+
+def _linear(job: EndToEndJob, dense: Any, matrix: GroupSparseMatrix | None) -> TrainedLinear:  # noqa: ANN401
+    if matrix is None:
+        shape = (dense.out_features, dense.in_features)
+        return MaskedLinear(shape, job.recipe.group_size, dense.bias, job.device)
+    return GroupSparseLinear(matrix, dense.bias, job.device, frozen_codes=not isinstance(job.settings, Distillation))
+
+
+class _Pruning:
+    """Chooses the mask anew every few steps; does nothing in stages that leave the mask as it is."""
+
+    def __init__(self, job: EndToEndJob, student: _Student, steps: int) -> None:
+        self._job = job
+        self._linears = {n: linear for n, linear in student.linears.items() if isinstance(linear, MaskedLinear)}
+        settings = job.settings
+        self._last = min(round(settings.ramp * steps), steps - 1) if isinstance(settings, GradualPruning) else -1
+        self._interval = settings.interval if isinstance(settings, GradualPruning) else 1
+
+    @torch.no_grad()
+    def observe(self, model: nn.Module, windows: torch.Tensor) -> None:
+        """Measure what the linears get from the model while it is still dense."""
+        if not self._linears:
+            return
+
+        def note(name: str, inputs: torch.Tensor) -> None:
+            # An OPT's feed-forward layer gets its inputs flattened.
+            self._linears[name].importance += inputs.float().flatten(0, -2).square().sum(0) / windows.numel()
+
+        hooks = watch_inputs(model, {name: name for name in self._linears}, note)
+        for part in windows.split(self._job.batch):
+            model(part.to(self._job.device), use_cache=False, logits_to_keep=1)
+        for hook in hooks:
+            hook.remove()
+
+    def before_step(self, step: int) -> None:
+        """Choose, if it is time to."""
+        if step > self._last or (step % self._interval and step != self._last):
+            return
+        rest = 1 - step / self._last if self._last else 0.0
+        for name, linear in self._linears.items():
+            linear.prune(self._job.recipe.sparsity_of(name) * (1 - rest**3), self._job.recipe.pattern)
+
+    def masks(self) -> list[torch.Tensor]:
+        """The masks as they are."""
+        return [linear.keep for linear in self._linears.values()]
+
+    def restore(self, masks: list[torch.Tensor]) -> None:
+        """Set the masks to what :meth:`masks` gave."""
+        for linear, keep in zip(self._linears.values(), masks, strict=True):
+            linear.keep = keep
 
 
 class _Losses:
@@ -200,16 +255,19 @@ def _train(job: EndToEndJob, student: _Student, losses: _Losses) -> dict[str, An
     per_step = job.settings.batch * windows.shape[1]
     steps = -(-job.settings.tokens // per_step)
     optimizer = Optimizer(student.kinds, job.settings, steps)
-    state = _resume(job, student, optimizer) or {"step": 0, "curve": [], "before": losses.of(judges)}
+    pruning = _Pruning(job, student, steps)
+    pruning.observe(student.model, windows[:_OBSERVED])
+    state = _resume(job, student, optimizer, pruning) or {"step": 0, "curve": [], "before": losses.of(judges)}
     saved = time.monotonic()
     for step in range(state["step"], steps):
+        pruning.before_step(step)
         picked = windows[_picked(len(windows), step * job.settings.batch, job.settings.batch, job.recipe.seed)]
         loss = losses.of(picked, backward=True)
         optimizer.step(step, loss, job.name)
         state["curve"].append(loss)
         state["step"] = step + 1
         if time.monotonic() - saved >= SAVE_SECONDS or step + 1 == steps:
-            _save(job, student, optimizer, state)
+            _save(job, student, optimizer, {**state, "masks": pruning.masks()})
             saved = time.monotonic()
         job.progress(step + 1, steps)
     return {
@@ -234,8 +292,8 @@ def _save(job: EndToEndJob, student: _Student, optimizer: Optimizer, state: dict
     write_atomically(job.state, lambda path: torch.save(whole, path))
 
 
-def _resume(job: EndToEndJob, student: _Student, optimizer: Optimizer) -> dict[str, Any] | None:
-    """Set model and optimiser to the state that was saved last, if one was."""
+def _resume(job: EndToEndJob, student: _Student, optimizer: Optimizer, pruning: _Pruning) -> dict[str, Any] | None:
+    """Set model, masks and optimiser to the state that was saved last, if one was."""
     if not job.state.exists():
         return None
     state: dict[str, Any] = torch.load(job.state, map_location=job.device, weights_only=True)
@@ -243,4 +301,5 @@ def _resume(job: EndToEndJob, student: _Student, optimizer: Optimizer) -> dict[s
         for parameter, value in zip(student.parameters, state.pop("parameters"), strict=True):
             parameter.copy_(value)
     optimizer.adam.load_state_dict(state.pop("adam"))
+    pruning.restore(state.pop("masks"))
     return state

@@ -11,7 +11,7 @@ from vllm_gqsa.offline.e2e import EndToEndJob, train_end_to_end
 from vllm_gqsa.offline.families import Family
 from vllm_gqsa.offline.files import PARTIAL, write_json
 from vllm_gqsa.offline.head import compress_head
-from vllm_gqsa.offline.recipe import EndToEnd, Recipe
+from vllm_gqsa.offline.recipe import Recipe, WholeModel
 from vllm_gqsa.offline.source import DenseModel
 from vllm_gqsa.offline.stages import stages_of
 from vllm_gqsa.offline.stream import ModelStream, meta_model
@@ -19,6 +19,8 @@ from vllm_gqsa.offline.writer import read_block, shard_paths, write_block, write
 
 __all__ = ["Progress", "Work", "run_passes"]
 
+_JUDGES = 8
+"""Calibration windows that the finished model's blocks are compared on."""
 Progress = Callable[[str, int, int], None]
 """Called with the name of a phase, steps done and steps in all."""
 
@@ -62,6 +64,12 @@ class Work:
         blocks = meta_model(self.model.config).get_submodule(self.family.blocks)
         return [[f"{self.family.blocks}.{i}.{name}" for name in b.state_dict()] for i, b in enumerate(blocks)]
 
+    def linears(self) -> list[list[str]]:
+        """Full names of the compressed linears of every block."""
+        count = len(self.tensor_names())
+        groups = [self.family.linear_names(i, self.recipe.ignore) for i in range(count)]
+        return [[name for group in block for name in group] for block in groups]
+
     def block(self, shard: Path) -> CompressedBlock:
         """What a shard holds."""
         return read_block(shard, self.shapes, self.recipe.group_size)
@@ -84,21 +92,26 @@ class Work:
 def run_passes(work: Work) -> list[Path]:
     """Make the shards of all blocks and of the head; returns the files of the checkpoint."""
     names = work.tensor_names()
-    settings = {"distill": work.recipe.distill, "oqp": work.recipe.oqp}
+    settings = {"prune": work.recipe.prune, "distill": work.recipe.distill, "oqp": work.recipe.oqp}
     stages = {name: value for name, value in settings.items() if value is not None}
-    # Each pass but the last leaves its shards in a folder of its own.
-    folders = [*[work.folder / name for name in ("blocks", *stages)][:-1], work.output]
+    # Each pass but the last leaves its shards in a folder of its own. Gradual pruning begins at the dense model.
+    passes = list(stages) if "prune" in stages else ["blocks", *stages]
+    folders = [*[work.folder / name for name in passes[:-1]], work.output]
     shards = [shard_paths(folder, len(names), head=work.head is not None) for folder in folders]
     blocks = [paths[: len(names)] for paths in shards]
     for folder in (work.folder, *folders):
         folder.mkdir(parents=True, exist_ok=True)
     done = [number for number, paths in enumerate(blocks) if all(path.exists() for path in paths)]
-    first = max(done, default=-1) + 1
-    if first == 0:
-        _compress_blocks(work, blocks[0], names)
-    for number, (name, value) in enumerate(stages.items(), 1):
-        if number >= first:
-            _train(work, name, value, names, blocks[number - 1], blocks[number])
+    for number in range(max(done, default=-1) + 1, len(passes)):
+        if passes[number] == "blocks":
+            _compress_blocks(work, blocks[0], names)
+        else:
+            before = (
+                [work.block(shard) for shard in blocks[number - 1]] if number else [CompressedBlock() for _ in names]
+            )
+            _train(work, passes[number], stages[passes[number]], names, before, blocks[number])
+    if stages:
+        write_json(_facts(work, "final"), {"errors": _final_errors(work, blocks[-1])})
     if work.head is not None:
         _compress_head(work, work.head, blocks[-1], shards[-1][len(names)])
     return shards[-1]
@@ -143,12 +156,17 @@ def _compress_blocks(work: Work, shards: list[Path], names: list[list[str]]) -> 
 
 
 def _train(
-    work: Work, name: str, settings: EndToEnd, names: list[list[str]], before: list[Path], after: list[Path]
+    work: Work,
+    name: str,
+    settings: WholeModel,
+    names: list[list[str]],
+    before: list[CompressedBlock],
+    after: list[Path],
 ) -> None:
     state = work.folder / f"{name}.state"
     job = EndToEndJob(
         name=name, settings=settings, recipe=work.recipe, model=work.model, family=work.family,
-        blocks=[work.block(shard) for shard in before], windows=work.training, batch=work.batch,
+        linears=work.linears(), blocks=before, windows=work.training, batch=work.batch,
         device=work.device, state=state, progress=lambda done, total: work.progress(name, done, total),
     )  # fmt: skip
     blocks, facts = train_end_to_end(job)
@@ -156,6 +174,22 @@ def _train(
     for shard, tensors, block in zip(after, names, blocks, strict=True):
         write_block(shard, work.model, tensors, block)
     state.unlink()
+
+
+def _final_errors(work: Work, shards: list[Path]) -> list[float]:
+    """Error of each block's output in the finished model, relative to the dense block's update."""
+    stream = work.stream()
+    inputs = stream.embed(work.calibration[-_JUDGES:], work.batch)
+    dense = inputs.clone()
+    errors = []
+    for index, path in enumerate(shards):
+        block = stream.block(index)
+        update = block.advance(dense, work.batch, work.device)
+        install(block.module, f"{work.family.blocks}.{index}.", work.block(path))
+        block.advance(inputs, work.batch, work.device)
+        squares = (inputs - dense).square().mean(-1) / update.clamp(min=0.01 * float(update.median()))
+        errors.append(float(squares.double().mean()))
+    return errors
 
 
 def _compress_head(work: Work, name: str, shards: list[Path], shard: Path) -> None:

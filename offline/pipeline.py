@@ -192,7 +192,7 @@ def compress(job: Job, progress: Progress) -> dict[str, Any]:
 def _windows(job: Job, model: DenseModel) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, str]:
     """Windows to calibrate on, to train on end to end, to measure perplexity on, and the name of the latter."""
     tokenizer, recipe = model.tokenizer(), job.recipe
-    tokens = max((stage.tokens for stage in (recipe.distill, recipe.oqp) if stage is not None), default=0)
+    tokens = max((stage.tokens for stage in (recipe.prune, recipe.distill, recipe.oqp) if stage is not None), default=0)
     # Eight times as many samples as are asked for are read, so that the choice is spread over the text.
     most = max(8 * recipe.samples, -(-tokens // recipe.context) + 8) + job.evaluation_windows
     windows = token_windows(job.calibration, tokenizer, recipe.context, most)

@@ -7,8 +7,9 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from vllm_gqsa.format import GroupSparseMatrix, decode_scale_zero, round_scale, unpack_nibbles
+from vllm_gqsa.offline.mask import choose_groups
 
-__all__ = ["GroupSparseLinear", "fake_quantize"]
+__all__ = ["GroupSparseLinear", "MaskedLinear", "TrainedLinear", "fake_quantize"]
 
 _ZERO_RANGE = 15.0
 """Zero points are learnt as shares of it."""
@@ -122,6 +123,11 @@ class GroupSparseLinear(nn.Module):
         self.register_buffer("kept", kept, persistent=False)
         self.bias = bias
 
+    def kinds(self) -> dict[str, nn.Parameter]:
+        """Parameters by the setting that holds their learning rate."""
+        weight = {} if self.weight is None else {"weight_lr": self.weight}
+        return {**weight, "scale_lr": self.log_scale, "zero_lr": self.zero}
+
     def _scale_zero(self) -> tuple[torch.Tensor, torch.Tensor]:
         # exp(log(s)) may be off by one unit in the last place: rounding to the grid mends that too.
         return _RoundScale.apply(self.log_scale.exp()), self.zero * _ZERO_RANGE
@@ -161,3 +167,64 @@ class GroupSparseLinear(nn.Module):
             codes = cast("torch.Tensor", self.codes)
         keep = self._keep.cpu()
         return GroupSparseMatrix.from_codes(codes.cpu(), scale.cpu(), zeros.to("cpu", torch.uint8), keep)
+
+
+class MaskedLinear(nn.Module):
+    """A linear that is being pruned: all weights are parameters, not yet rounded, and a mask blanks some groups.
+
+    Attributes:
+        weight: float32 ``[out_features, in_features]``.
+        keep: bool ``[out_features, groups]``, the mask.
+        importance: float32 ``[in_features]``, mean square of the input.
+        bias: as in the dense linear, or None.
+    """
+
+    def __init__(
+        self, shape: tuple[int, int], group_size: int, bias: nn.Parameter | None, device: torch.device
+    ) -> None:
+        """A linear without weights yet, nothing pruned.
+
+        Args:
+            shape: ``(out_features, in_features)``.
+            group_size: G.
+            bias: of the dense linear.
+            device: of the mask.
+        """
+        super().__init__()
+        self._shape = (shape[0], shape[1] // group_size, group_size)
+        self.weight = nn.Parameter(torch.empty(shape, device="meta"))
+        self.keep = torch.ones(self._shape[:2], dtype=torch.bool, device=device)
+        self.importance = torch.zeros(shape[1], device=device)
+        self.bias = bias
+
+    def kinds(self) -> dict[str, nn.Parameter]:
+        """Parameters by the setting that holds their learning rate."""
+        return {"weight_lr": self.weight}
+
+    @torch.no_grad()
+    def prune(self, share: float, pattern: str) -> None:
+        """Choose anew which groups are kept.
+
+        Args:
+            share: of groups to prune.
+            pattern: ``row`` or ``matrix``.
+        """
+        scores = (self.weight.square() * self.importance).view(self._shape).sum(-1)
+        self.keep = choose_groups(scores, share, pattern)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """``[..., in_features]`` to ``[..., out_features]``."""
+        weight = (self.weight.view(self._shape) * self.keep[..., None]).view_as(self.weight)
+        return nn.functional.linear(inputs, weight, self.bias)
+
+    @torch.no_grad()
+    def matrix(self) -> GroupSparseMatrix:
+        """The kept groups, rounded to nearest.
+
+        Raises:
+            ValueError: a weight is not finite.
+        """
+        return GroupSparseMatrix.from_dense(self.weight.cpu(), self.keep.cpu(), self._shape[2])
+
+
+TrainedLinear = GroupSparseLinear | MaskedLinear

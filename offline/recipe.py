@@ -11,7 +11,18 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from vllm_gqsa.format import GROUP_SIZES, HEAD, check_ignore, is_ignored, parse_pattern
 from vllm_gqsa.offline.errors import InputError
 
-__all__ = ["NAMED", "BlockTraining", "Distillation", "EndToEnd", "Importance", "Precision", "Recipe", "Training"]
+__all__ = [
+    "NAMED",
+    "BlockTraining",
+    "Distillation",
+    "EndToEnd",
+    "GradualPruning",
+    "Importance",
+    "Precision",
+    "Recipe",
+    "Training",
+    "WholeModel",
+]
 
 Importance = Literal["obs", "wanda", "block-obs"]
 Precision = Literal["auto", "bfloat16", "float32"]
@@ -22,10 +33,6 @@ class Training(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    scale_lr: float = Field(default=1e-3, ge=0)
-    """Learning rate of the scales' logarithms: 1e-3 is about 0.1 % a step. 0 leaves the scales as they are."""
-    zero_lr: float = Field(default=1e-3, ge=0)
-    """Learning rate of the zero points, as shares of their range 0..15; 0 leaves them as they are."""
     norm_lr: float = Field(default=1e-4, ge=0)
     """Learning rate of norms and biases; 0 leaves them as they are."""
     batch: int = Field(default=4, ge=1)
@@ -41,6 +48,10 @@ class Training(BaseModel):
 class BlockTraining(Training):
     """BQPO: kept weights, scales and zero points of one block at a time."""
 
+    scale_lr: float = Field(default=1e-3, ge=0)
+    """Learning rate of the scales' logarithms: 1e-3 is about 0.1 % a step. 0 leaves the scales as they are."""
+    zero_lr: float = Field(default=1e-3, ge=0)
+    """Learning rate of the zero points, as shares of their range 0..15; 0 leaves them as they are."""
     weight_lr: float = Field(default=1e-3, ge=0)
     """Learning rate of the kept weights."""
     epochs: int = Field(default=4, ge=1)
@@ -55,8 +66,8 @@ class BlockTraining(Training):
     """Epochs without a better state after which a block is done; its best state counts."""
 
 
-class EndToEnd(Training):
-    """E2E-OQP: scales (and zero points) of the whole model, the INT4 codes and the mask frozen."""
+class WholeModel(Training):
+    """What the stages that train the whole model have in common."""
 
     tokens: int = Field(ge=1)
     """Tokens to train on; a text that has fewer is gone through several times."""
@@ -65,6 +76,30 @@ class EndToEnd(Training):
     cross-entropy, which needs no dense model in memory."""
     checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, about a third more time."""
+
+
+class GradualPruning(WholeModel):
+    """Pruning while the whole model is trained, in place of pruning at one stroke; INT4 by rounding at its end.
+
+    The share of pruned groups rises from none, fast at first (1 - (1 - t)^3, Zhu and Gupta, arXiv 1710.01878), and each
+    choice is made anew from the weights as they are by then: w^2 times the mean square of the input (Wanda).
+    """
+
+    weight_lr: float = Field(default=5e-4, ge=0)
+    """Learning rate of the weights."""
+    ramp: float = Field(default=0.6, ge=0, lt=1)
+    """Share of the steps in which the share of pruned groups rises."""
+    interval: int = Field(default=4, ge=1)
+    """Steps between two choices."""
+
+
+class EndToEnd(WholeModel):
+    """E2E-OQP: scales (and zero points) of the whole model, the INT4 codes and the mask frozen."""
+
+    scale_lr: float = Field(default=1e-3, ge=0)
+    """Learning rate of the scales' logarithms: 1e-3 is about 0.1 % a step. 0 leaves the scales as they are."""
+    zero_lr: float = Field(default=1e-3, ge=0)
+    """Learning rate of the zero points, as shares of their range 0..15; 0 leaves them as they are."""
 
 
 class Distillation(EndToEnd):
@@ -107,6 +142,8 @@ class Recipe(BaseModel):
     precision: Precision = "auto"
     """Arithmetic of the training stages; parameters are float32 always. ``auto``: bfloat16 where the device multiplies
     it in hardware."""
+    prune: GradualPruning | None = None
+    """Pruning in the course of end-to-end training, in place of pruning at one stroke; None leaves it out."""
     bqpo: BlockTraining | None = None
     """Block by block training; None leaves it out."""
     distill: Distillation | None = None
@@ -145,6 +182,13 @@ class Recipe(BaseModel):
                     re.compile(entry[3:])
                 except re.error as error:
                     raise ValueError(f"overrides {entry!r} is not a regular expression: {error}") from error
+        if self.prune is not None and self.bqpo is not None:
+            raise ValueError("prune takes the place of one-shot pruning and bqpo, which follows it; leave out one")
+        if self.prune is not None and self.pattern not in ("row", "matrix"):
+            raise ValueError(
+                f"prune raises the share of pruned groups step by step, which pattern {self.pattern} cannot; choose "
+                "row or matrix, or a recipe without prune"
+            )
         if self.overrides and self.pattern not in ("row", "matrix"):
             raise ValueError(f"pattern {self.pattern} prunes the same share everywhere; leave out overrides")
         if self.lm_head is not None and is_ignored(HEAD, self.ignore):

@@ -2,14 +2,14 @@
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
 from vllm_gqsa.offline.errors import InputError
-from vllm_gqsa.offline.quantizer import GroupSparseLinear
+from vllm_gqsa.offline.quantizer import TrainedLinear
 from vllm_gqsa.offline.recipe import Precision, Training
 
 __all__ = ["Optimizer", "arithmetic", "replace_linears", "reproducible", "resolve_precision", "sample_order"]
@@ -35,7 +35,7 @@ def arithmetic(precision: str, device: torch.device) -> Iterator[None]:
 
 
 def replace_linears(
-    module: nn.Module, linears: dict[str, GroupSparseLinear], settings: Training
+    module: nn.Module, linears: Mapping[str, TrainedLinear], settings: Training
 ) -> dict[str, list[nn.Parameter]]:
     """Put linears in training in the place of dense ones, and sort the parameters by their learning rate.
 
@@ -51,10 +51,8 @@ def replace_linears(
         module.set_submodule(name, linear)
     kinds: dict[str, list[nn.Parameter]] = {"weight_lr": [], "scale_lr": [], "zero_lr": [], "norm_lr": []}
     for linear in linears.values():
-        kinds["scale_lr"].append(linear.log_scale)
-        kinds["zero_lr"].append(linear.zero)
-        if linear.weight is not None:
-            kinds["weight_lr"].append(linear.weight)
+        for kind, parameter in linear.kinds().items():
+            kinds[kind].append(parameter)
     theirs = {id(p) for parameters in kinds.values() for p in parameters}
     kinds["norm_lr"] = [p for p in module.parameters() if p.dim() == 1 and id(p) not in theirs]
     chosen = {kind: parameters for kind, parameters in kinds.items() if getattr(settings, kind, 0) and parameters}
