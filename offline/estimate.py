@@ -95,7 +95,9 @@ def estimate(
     replaced = sum(model.tensor_bytes(f"{name}.weight") for name in shapes)
     output = model.nbytes - replaced + stored
     gflops = _gflops(device, torch.float32)
-    seconds = _operations(recipe, family, shapes, skeleton, head) / (gflops * 1e9)
+    # Gradual pruning takes the place of the one-shot pass: what is left of it are forward passes, and the head.
+    pruned = {head: shapes[head]} if recipe.prune and head else {} if recipe.prune else shapes
+    seconds = _operations(recipe, family, pruned, skeleton, head) / (gflops * 1e9)
     peak = _peak(skeleton, blocks, family, recipe, batch, shapes.get(head or ""))
     inside = sum(r * c for name, (r, c) in shapes.items() if name != head)
     precision = resolve_precision(recipe.precision, torch.device(device))
@@ -105,7 +107,7 @@ def estimate(
         name: {"memory_bytes": cost.memory_bytes, "seconds": cost.operations / speed} for name, cost in costs.items()
     }
     # Each pass leaves its shards until the checkpoint is finished; the state is written anew beside the old one.
-    passes = 1 + ("distill" in costs) + ("oqp" in costs)
+    passes = len({"blocks", *costs} - ({"blocks"} if recipe.prune else set()) - {"bqpo"})
     state = max((2 * cost.state_bytes for cost in costs.values()), default=0)
     return Estimate(
         blocks=count,

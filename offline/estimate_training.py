@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_gqsa.offline.recipe import Distillation, EndToEnd, Recipe
+from vllm_gqsa.offline.recipe import Distillation, GradualPruning, Recipe, WholeModel
 
 __all__ = ["StageCost", "training_costs"]
 
@@ -85,7 +85,7 @@ def training_costs(
         half=2 if precision == "bfloat16" else 4,
     )
     costs = {} if recipe.bqpo is None else {"bqpo": _block(sizes, recipe, batch)}
-    for name, settings in (("distill", recipe.distill), ("oqp", recipe.oqp)):
+    for name, settings in (("prune", recipe.prune), ("distill", recipe.distill), ("oqp", recipe.oqp)):
         if settings is not None:
             costs[name] = _end_to_end(sizes, recipe, settings, batch, len(blocks), config.vocab_size)
     return costs
@@ -101,17 +101,21 @@ def _block(sizes: _Sizes, recipe: Recipe, batch: int) -> StageCost:
 
 
 def _end_to_end(
-    sizes: _Sizes, recipe: Recipe, settings: EndToEnd, batch: int, blocks: int, vocabulary: int
+    sizes: _Sizes, recipe: Recipe, settings: WholeModel, batch: int, blocks: int, vocabulary: int
 ) -> StageCost:
     windows = min(batch, settings.batch)
-    scales = 2 * (1 - recipe.sparsity) / recipe.group_size
-    trained = sizes.kept if isinstance(settings, Distillation) else scales
+    if isinstance(settings, GradualPruning):
+        trained = 1.0
+    elif isinstance(settings, Distillation):
+        trained = sizes.kept
+    else:
+        trained = 2 * (1 - recipe.sparsity) / recipe.group_size
     state = sizes.linears * trained * _PARAMETER * 0.75  # the gradient is not saved
     teacher = (sizes.linears + sizes.outside) * sizes.half if settings.loss == "kl" else 0
     # Between the passes: the weights that are multiplied by, and each block's activations, or one block's of both.
     alive = 1 if settings.checkpointing else blocks
     between = alive * (sizes.block * sizes.half + sizes.activations(windows, recipe.context))
-    if not isinstance(settings, Distillation):
+    if not isinstance(settings, (Distillation, GradualPruning)):
         between += int(sizes.linears * sizes.kept) * 5  # codes, and their values
     logits = (2 * sizes.half * windows + 3 * 4) * recipe.context * vocabulary
     memory = sizes.linears * trained * _PARAMETER + 4 * sizes.outside + teacher + between + logits

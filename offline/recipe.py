@@ -246,8 +246,22 @@ def _first_error(error: ValidationError) -> str:
 
 NAMED: Mapping[str, Recipe] = {
     "one-shot": Recipe(),
-    "quick": Recipe(distill=Distillation(tokens=60_000, batch=1)),
-    "default": Recipe(distill=Distillation(tokens=300_000, batch=1)),
-    "best": Recipe(distill=Distillation(tokens=1_000_000, batch=1), oqp=EndToEnd(tokens=100_000)),
+    "quick": Recipe(
+        pattern="matrix",
+        prune=GradualPruning(tokens=80_000, batch=1),
+        distill=Distillation(tokens=30_000, batch=1, weight_lr=3e-4),
+    ),
+    "default": Recipe(
+        pattern="matrix",
+        prune=GradualPruning(tokens=400_000, batch=1),
+        distill=Distillation(tokens=150_000, batch=1, weight_lr=3e-4),
+    ),
+    "best": Recipe(
+        pattern="matrix",
+        prune=GradualPruning(tokens=3_000_000, batch=2),
+        distill=Distillation(tokens=1_000_000, batch=2, weight_lr=3e-4),
+        oqp=EndToEnd(tokens=250_000),
+    ),
+    "blockwise": Recipe(bqpo=BlockTraining()),
 }
-"""Recipes by name."""
+"""Recipes by name. ``blockwise`` is for models too large to be trained as a whole."""

@@ -67,6 +67,8 @@ class Optimizer:
     """AdamW with a learning rate for each kind of parameter, warm-up, cosine, and clipped gradients."""
 
     def __init__(self, kinds: dict[str, list[nn.Parameter]], settings: Training, steps: int) -> None:
+        if not kinds:
+            raise InputError("every learning rate of the stage is 0; leave the stage out of the recipe")
         self._settings = settings
         self._steps = steps
         groups = [{"params": parameters, "peak": getattr(settings, kind)} for kind, parameters in kinds.items()]

@@ -1,0 +1,166 @@
+"""Gradual pruning: the mask it ends with, what it is for, and that an interruption leaves no trace."""
+
+import random
+
+import pytest
+import torch
+
+from tests.offline.test_pipeline import Killed, assert_same, job, silent
+from tests.offline.test_training import facts
+from vllm_gqsa.offline import e2e
+from vllm_gqsa.offline.errors import InputError
+from vllm_gqsa.offline.inspect import inspect_checkpoint
+from vllm_gqsa.offline.pipeline import compress
+from vllm_gqsa.offline.quantizer import MaskedLinear
+from vllm_gqsa.offline.recipe import Distillation, EndToEnd, GradualPruning, Recipe
+from vllm_gqsa.offline.verify import verify_checkpoint
+
+GRADUAL = Recipe(
+    pattern="matrix",
+    samples=8,
+    context=48,
+    precision="float32",
+    prune=GradualPruning(tokens=2880, batch=2, weight_lr=2e-3),
+    distill=Distillation(tokens=2880, batch=2, weight_lr=1e-3),
+)
+
+
+@pytest.fixture(scope="module")
+def gradual(dense, text, tmp_path_factory):
+    output = tmp_path_factory.mktemp("gradual") / "out"
+    return output, compress(job(dense("llama"), text, output, GRADUAL), silent)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "opt"])
+def test_it_ends_at_the_sparsity_that_was_asked_for_and_distillation_helps(dense, text, tmp_path, family, gradual):
+    output = gradual[0] if family == "llama" else tmp_path / "out"
+    if family != "llama":
+        compress(job(dense(family), text, output, GRADUAL), silent)
+    verify_checkpoint(output, silent)
+    for module in inspect_checkpoint(output).modules:
+        assert module.sparsity == 0.5, module.name
+    found = facts(output)
+    assert found["prune"]["before"] == pytest.approx(0, abs=1e-5)  # it begins at the dense model
+    assert found["distill"]["after"] < found["distill"]["before"]
+    assert len(found["blocks"]) == 3
+    assert all(block["errors"]["final"] > 0 for block in found["blocks"])
+
+
+def test_training_makes_up_for_what_is_pruned(dense, text, tmp_path):
+    after = []
+    for rate in (1e-9, 2e-3):
+        settings = GradualPruning(tokens=2880, batch=2, weight_lr=rate, norm_lr=0)
+        recipe = GRADUAL.model_copy(update={"prune": settings, "distill": None})
+        compress(job(dense("opt"), text, tmp_path / str(rate), recipe), silent)
+        after.append(facts(tmp_path / str(rate))["prune"]["after"])
+    assert after[1] < 0.9 * after[0]
+
+
+def test_a_stage_that_trains_nothing_is_refused(dense, text, tmp_path):
+    still = GRADUAL.model_copy(update={"prune": GradualPruning(tokens=960, weight_lr=0, norm_lr=0)})
+    with pytest.raises(InputError, match="every learning rate of the stage is 0; leave the stage out of the recipe"):
+        compress(job(dense("opt"), text, tmp_path / "out", still), silent)
+
+
+def test_the_card_says_how_it_was_made(gradual):
+    card = (gradual[0] / "README.md").read_text()
+    for title in ("gradual pruning", "distillation", "finished model"):
+        assert f"| {title} |" in card
+    assert "one-shot" not in card
+
+
+def test_pruned_groups_are_zero_and_the_least_important_ones():
+    linear = MaskedLinear((8, 64), 16, None, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    linear.weight = torch.nn.Parameter(torch.randn(8, 64, generator=generator))
+    linear.importance += torch.rand(64, generator=generator)
+    linear.prune(0.75, "matrix")
+    identity = torch.eye(64)
+    used = linear(identity).T.view(8, 4, 16)
+    assert (used[~linear.keep] == 0).all()
+    assert torch.equal(used[linear.keep], linear.weight.view(8, 4, 16)[linear.keep])
+    scores = (linear.weight.square() * linear.importance).view(8, 4, 16).sum(-1)
+    assert scores[linear.keep].min() >= scores[~linear.keep].max()
+    assert int(linear.keep.sum()) == 8
+    matrix = linear.matrix()
+    matrix.validate()
+    assert torch.equal(matrix.keep(), linear.keep)
+
+
+def test_the_mask_is_chosen_anew_from_the_weights_of_the_moment():
+    linear = MaskedLinear((4, 64), 16, None, torch.device("cpu"))
+    linear.weight = torch.nn.Parameter(torch.ones(4, 64))
+    linear.importance += 1
+    with torch.no_grad():
+        linear.weight[:, :16] = 0.1
+    linear.prune(0.25, "row")
+    assert not linear.keep[:, 0].any()
+    with torch.no_grad():
+        linear.weight[:, :16] = 1
+        linear.weight[:, 48:] = 0.1
+    linear.prune(0.25, "row")
+    assert linear.keep[:, 0].all()
+    assert not linear.keep[:, 3].any()
+
+
+def test_overrides_give_some_linears_another_sparsity(dense, text, tmp_path):
+    for name, recipe in (("a", GRADUAL), ("b", Recipe(samples=8, context=48))):
+        changed = recipe.model_copy(update={"overrides": {"re:.*v_proj": 0.25, "re:.*layers.1.mlp": 0.75}})
+        compress(job(dense("llama"), text, tmp_path / name, changed), silent)
+        found = {m.name: m.sparsity for m in inspect_checkpoint(tmp_path / name).modules}
+        assert found["model.layers.1.self_attn.v_proj"] == 0.25
+        assert found["model.layers.1.mlp.gate_proj"] == 0.75
+        assert found["model.layers.2.mlp.gate_proj"] == 0.5
+        assert found["model.layers.1.self_attn.q_proj"] == 0.5
+
+
+def test_stopped_after_every_few_steps_it_ends_with_the_same_bytes(gradual, dense, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(e2e, "SAVE_SECONDS", 0.0)
+    again = tmp_path / "out"
+    rng = random.Random(1)
+    stops = 0
+
+    def stop_at(number):
+        steps = iter(range(number))
+
+        def progress(*_):
+            if next(steps, None) is None:
+                raise Killed
+
+        return progress
+
+    for _ in range(60):
+        try:
+            compress(job(dense("llama"), text, again, GRADUAL), stop_at(rng.randint(5, 8)))
+        except Killed:
+            stops += 1
+            continue
+        break
+    assert stops > 5
+    compress(job(dense("llama"), text, again, GRADUAL), silent)
+    assert_same(again, gradual[0])
+
+
+@pytest.mark.parametrize(("settings", "says"), [
+    ({"bqpo": {"epochs": 1}}, "takes the place of one-shot pruning and bqpo"),
+    ({"pattern": "2:4"}, "which pattern 2:4 cannot; choose row or matrix"),
+    ({"pattern": "1:2", "prune": None, "overrides": {"a": 0.5}}, "pattern 1:2 prunes the same share everywhere"),
+    ({"overrides": {"re:(": 0.5}}, r"overrides 're:\(' is not a regular expression"),
+    ({"prune": {"tokens": 10, "ramp": 1.0}}, "less than 1"),
+])  # fmt: skip
+def test_recipes_that_contradict_themselves(settings, says):
+    with pytest.raises(ValueError, match=says):
+        Recipe.model_validate({**GRADUAL.model_dump(), **settings})
+
+
+def test_one_step_is_enough_for_a_mask(dense, text, tmp_path):
+    one = GRADUAL.model_copy(update={"prune": GradualPruning(tokens=1, batch=1), "distill": None})
+    report = compress(job(dense("llama"), text, tmp_path / "out", one), silent)
+    assert report["sparsity"] == 0.5
+
+
+def test_a_head_is_compressed_after_training(dense, text, tmp_path):
+    recipe = GRADUAL.model_copy(update={"lm_head": 0.0, "distill": None, "oqp": EndToEnd(tokens=480, batch=2)})
+    report = compress(job(dense("qwen2"), text, tmp_path / "out", recipe), silent)
+    assert report["lm_head"]["name"] == "model.embed_tokens"
+    assert verify_checkpoint(tmp_path / "out", silent) == 22
