@@ -64,7 +64,11 @@ def table(trained: dict[str, Any]) -> str:
     for name in _ENDS:
         if name in trained:
             facts = trained[name]
-            text = f"{facts['loss']}, {facts['tokens']} tokens" + ("" if facts["kept"] else ", worse, so not kept")
+            text = f"{facts['loss']}, {facts['tokens']} tokens"
+            if facts["distinct_tokens"] < facts["tokens"]:
+                text += f" ({facts['distinct_tokens']} different ones)"
+            if not facts["kept"]:
+                text += ", worse, so not kept"
             lines.append(f"| {_TITLES[name]} | {text} | {facts['before']:.4g} | {facts['after']:.4g} |")
     if "final" in means:
         lines.append(f"| {_TITLES['final']} | {measure} | {before} | {means['final']:.4g} |")

@@ -1,0 +1,122 @@
+"""Recipes: by name, from YAML, changed by options; and what `gqsa estimate` says about their training."""
+
+import json
+import shlex
+
+import pytest
+
+from tests.offline.test_cli import run
+from vllm_gqsa.offline.errors import InputError
+from vllm_gqsa.offline.estimate_training import training_costs
+from vllm_gqsa.offline.pipeline import Job
+from vllm_gqsa.offline.recipe import NAMED, BlockTraining, Distillation, EndToEnd, GradualPruning, Recipe
+from vllm_gqsa.offline.source import DenseModel
+from vllm_gqsa.offline.stream import meta_model
+from vllm_gqsa.offline.text import TextSource
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_recipe_written_to_a_file_is_the_same_recipe(name, tmp_path):
+    assert Recipe.read(name) == NAMED[name]
+    path = tmp_path / "recipe.yaml"
+    path.write_text(NAMED[name].to_yaml())
+    assert Recipe.read(str(path)) == NAMED[name]
+
+
+def test_what_a_file_leaves_out_is_as_in_one_shot(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("sparsity: 0.25\noqp: {tokens: 1000}\n")
+    expected = Recipe(sparsity=0.25, oqp=EndToEnd(tokens=1000))
+    assert Recipe.read(str(path)) == expected
+    path.write_text("")
+    assert Recipe.read(str(path)) == Recipe()
+
+
+@pytest.mark.parametrize(("text", "says"), [
+    ("sparsety: 0.5", r"r.yaml: sparsety: Extra inputs are not permitted"),
+    ("distill: {tokens: 0}", r"r.yaml: distill.tokens: Input should be greater than or equal to 1"),
+    ("bqpo: {loss: huber}", r"r.yaml: bqpo.loss: Input should be"),
+    ("group_size: 12", r"r.yaml: group_size 12 is not one of"),
+    ("a: [", r"r.yaml: is not YAML"),
+    ("- 1", r"r.yaml: Input should be"),
+])  # fmt: skip
+def test_files_that_break_the_rules(text, says, tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=says):
+        Recipe.read(str(path))
+
+
+def test_a_recipe_that_is_not_there():
+    with pytest.raises(InputError, match="--recipe fast: is neither one of one-shot, quick, default, best, blockwise"):
+        Recipe.read("fast")
+
+
+@pytest.mark.parametrize(("recipe", "name", "expected"), [
+    (NAMED["default"], "default", []),
+    (NAMED["quick"].changed({"seed": 3, "sparsity": 0.25}), "quick",
+     ["--recipe", "quick", "--sparsity", "0.25", "--seed", "3"]),
+    (NAMED["blockwise"].changed({"compensate": False, "ignore": ("a",)}), "blockwise",
+     ["--recipe", "blockwise", "--no-compensate", "--ignore", "a"]),
+    (NAMED["quick"].changed({"overrides": {"a": 0.1}}), "quick", ["--recipe", "out/gqsa_recipe.yaml"]),
+    (Recipe(bqpo=BlockTraining(epochs=1)), "my.yaml", ["--recipe", "out/gqsa_recipe.yaml"]),
+])  # fmt: skip
+def test_the_recorded_command_says_all_of_the_recipe(recipe, name, expected, tmp_path):
+    words = shlex.split(Job("m", tmp_path / "out", recipe, TextSource("t.txt"), recipe_name=name).command())
+    words = [word.replace(f"{tmp_path}/", "") for word in words]
+    assert sorted(words) == sorted(["gqsa", "compress", "m", "out", *expected, "--calibration", "t.txt"])
+
+
+def test_options_change_a_recipe_from_a_file(dense, text, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("samples: 8\ncontext: 48\nprecision: float32\noqp: {tokens: 480, batch: 2}\n")
+    arguments = ["--calibration", text, "--recipe", path, "--sparsity", "0.25", "--eval-windows", "2", "--json"]
+    code, out, _ = run(monkeypatch, capsys, "compress", dense("llama"), tmp_path / "out", *arguments)
+    report = json.loads(out)
+    assert code == 0
+    assert report["sparsity"] == pytest.approx(0.25, abs=0.05)
+    assert "E2E-OQP" in report["stages"]
+    saved = Recipe.read(str(tmp_path / "out" / "gqsa_recipe.yaml"))
+    assert saved == Recipe.read(str(path)).changed({"sparsity": 0.25})
+    again = shlex.split(report["command"])[1:]
+    assert run(monkeypatch, capsys, *again)[0] == 0  # recognised as the same run
+
+
+def test_estimate_covers_the_training_stages(dense, monkeypatch, capsys):
+    found = {}
+    for recipe in ("one-shot", "default", "best", "blockwise"):
+        _, out, _ = run(monkeypatch, capsys, "estimate", dense("llama"), "--recipe", recipe, "--json")
+        found[recipe] = json.loads(out)
+    assert set(found["one-shot"]["training"]) == set()
+    assert set(found["default"]["training"]) == {"prune", "distill"}
+    assert set(found["best"]["training"]) == {"prune", "distill", "oqp"}
+    assert set(found["blockwise"]["training"]) == {"bqpo"}
+    assert found["best"]["disk_bytes"] > found["one-shot"]["disk_bytes"]
+    _, out, _ = run(monkeypatch, capsys, "estimate", dense("llama"), "--recipe", "best")
+    assert "of it in prune" in out
+
+
+def test_estimated_costs_grow_with_what_causes_them(dense):
+    model = DenseModel(str(dense("llama")))
+    skeleton = meta_model(model.config)
+    blocks = skeleton.get_submodule("model.layers")
+    weights = sum(p.numel() for p in blocks.parameters() if p.dim() == 2)
+
+    def cost(precision="float32", batch=8, **settings):
+        recipe = Recipe(**settings)
+        (name,) = {"prune", "bqpo", "distill", "oqp"} & settings.keys()
+        return training_costs(skeleton, blocks, weights, recipe, batch, precision)[name]
+
+    distill = cost(distill=Distillation(tokens=1000))
+    assert distill.operations == 8 * (weights + 300 * 64) * 1000
+    assert cost(distill=Distillation(tokens=1000, loss="ce")).operations == pytest.approx(distill.operations * 6 / 8)
+    assert cost(distill=Distillation(tokens=1000, checkpointing=True)).memory_bytes < distill.memory_bytes
+    assert cost(distill=Distillation(tokens=1000), precision="bfloat16").memory_bytes < distill.memory_bytes
+    assert cost(distill=Distillation(tokens=1000), batch=1).memory_bytes < distill.memory_bytes
+    # All weights are trained while they are pruned, the kept half after, and of those the scales at last.
+    prune = cost(prune=GradualPruning(tokens=1000))
+    scales = cost(oqp=EndToEnd(tokens=1000))
+    assert prune.state_bytes == 12 * weights
+    assert prune.state_bytes > distill.state_bytes > 4 * scales.state_bytes
+    block = cost(bqpo=BlockTraining(epochs=3), samples=10, context=100)
+    assert block.operations == 6 * weights * 3 * 1000
