@@ -57,6 +57,7 @@ class EndToEndJob:
         linears: full names of the linears to compress, one list a block.
         blocks: what the stage before made, one a block; empty ones begin at the dense model.
         windows: tokens to train on, ``[windows, context]``; all but the last :data:`_JUDGES` (or an eighth).
+        first: windows that the stages before have used; training goes on behind them.
         batch: windows at a time through the model.
         device: where to compute.
         state: file for the state of the training.
@@ -71,6 +72,7 @@ class EndToEndJob:
     linears: list[list[str]]
     blocks: list[CompressedBlock]
     windows: torch.Tensor
+    first: int
     batch: int
     device: torch.device
     state: Path
@@ -252,8 +254,8 @@ def _train(job: EndToEndJob, student: _Student, losses: _Losses) -> dict[str, An
     windows, judges = job.windows[:-held], job.windows[-held:]
     if not len(windows):
         raise InputError(f"{job.name}: needs two windows of text or more; give more text")
-    per_step = job.settings.batch * windows.shape[1]
-    steps = -(-job.settings.tokens // per_step)
+    steps = job.settings.steps(windows.shape[1])
+    tokens = steps * job.settings.batch * windows.shape[1]
     optimizer = Optimizer(student.kinds, job.settings, steps)
     pruning = _Pruning(job, student, steps)
     pruning.observe(student.model, windows[:_OBSERVED])
@@ -261,8 +263,9 @@ def _train(job: EndToEndJob, student: _Student, losses: _Losses) -> dict[str, An
     saved = time.monotonic()
     for step in range(state["step"], steps):
         pruning.before_step(step)
-        picked = windows[_picked(len(windows), step * job.settings.batch, job.settings.batch, job.recipe.seed)]
-        loss = losses.of(picked, backward=True)
+        start = job.first + step * job.settings.batch
+        picked = _picked(len(windows), start, job.settings.batch, job.recipe.seed)
+        loss = losses.of(windows[picked], backward=True)
         optimizer.step(step, loss, job.name)
         state["curve"].append(loss)
         state["step"] = step + 1
@@ -275,8 +278,8 @@ def _train(job: EndToEndJob, student: _Student, losses: _Losses) -> dict[str, An
         "before": state["before"],
         "after": losses.of(judges),
         "curve": state["curve"],
-        "tokens": steps * per_step,
-        "distinct_tokens": min(steps * per_step, windows.numel()),
+        "tokens": tokens,
+        "distinct_tokens": min(tokens, windows.numel()),
     }
 
 

@@ -85,9 +85,8 @@ def training_costs(
         half=2 if precision == "bfloat16" else 4,
     )
     costs = {} if recipe.bqpo is None else {"bqpo": _block(sizes, recipe, batch)}
-    for name, settings in (("prune", recipe.prune), ("distill", recipe.distill), ("oqp", recipe.oqp)):
-        if settings is not None:
-            costs[name] = _end_to_end(sizes, recipe, settings, batch, len(blocks), config.vocab_size)
+    for name, settings in recipe.whole_model_stages().items():
+        costs[name] = _end_to_end(sizes, recipe, settings, batch, len(blocks), config.vocab_size)
     return costs
 
 

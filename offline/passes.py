@@ -11,7 +11,7 @@ from vllm_gqsa.offline.e2e import EndToEndJob, train_end_to_end
 from vllm_gqsa.offline.families import Family
 from vllm_gqsa.offline.files import PARTIAL, write_json
 from vllm_gqsa.offline.head import compress_head
-from vllm_gqsa.offline.recipe import Recipe, WholeModel
+from vllm_gqsa.offline.recipe import Recipe
 from vllm_gqsa.offline.source import DenseModel
 from vllm_gqsa.offline.stages import stages_of
 from vllm_gqsa.offline.stream import ModelStream, meta_model
@@ -92,8 +92,7 @@ class Work:
 def run_passes(work: Work) -> list[Path]:
     """Make the shards of all blocks and of the head; returns the files of the checkpoint."""
     names = work.tensor_names()
-    settings = {"prune": work.recipe.prune, "distill": work.recipe.distill, "oqp": work.recipe.oqp}
-    stages = {name: value for name, value in settings.items() if value is not None}
+    stages = work.recipe.whole_model_stages()
     # Each pass but the last leaves its shards in a folder of its own. Gradual pruning begins at the dense model.
     passes = list(stages) if "prune" in stages else ["blocks", *stages]
     folders = [*[work.folder / name for name in passes[:-1]], work.output]
@@ -106,10 +105,8 @@ def run_passes(work: Work) -> list[Path]:
         if passes[number] == "blocks":
             _compress_blocks(work, blocks[0], names)
         else:
-            before = (
-                [work.block(shard) for shard in blocks[number - 1]] if number else [CompressedBlock() for _ in names]
-            )
-            _train(work, passes[number], stages[passes[number]], names, before, blocks[number])
+            before = [work.block(path) for path in blocks[number - 1]] if number else [CompressedBlock() for _ in names]
+            _train(work, passes[number], names, before, blocks[number])
     if stages:
         write_json(_facts(work, "final"), {"errors": _final_errors(work, blocks[-1])})
     if work.head is not None:
@@ -155,18 +152,14 @@ def _compress_blocks(work: Work, shards: list[Path], names: list[list[str]]) -> 
             block.advance(inputs, work.batch, work.device)
 
 
-def _train(
-    work: Work,
-    name: str,
-    settings: WholeModel,
-    names: list[list[str]],
-    before: list[CompressedBlock],
-    after: list[Path],
-) -> None:
+def _train(work: Work, name: str, names: list[list[str]], before: list[CompressedBlock], after: list[Path]) -> None:
+    stages = work.recipe.whole_model_stages()
+    earlier = [stages[n] for n in list(stages)[: list(stages).index(name)]]
     state = work.folder / f"{name}.state"
     job = EndToEndJob(
-        name=name, settings=settings, recipe=work.recipe, model=work.model, family=work.family,
-        linears=work.linears(), blocks=before, windows=work.training, batch=work.batch,
+        name=name, settings=stages[name], recipe=work.recipe, model=work.model, family=work.family,
+        linears=work.linears(), blocks=before, windows=work.training,
+        first=sum(stage.steps(work.recipe.context) * stage.batch for stage in earlier), batch=work.batch,
         device=work.device, state=state, progress=lambda done, total: work.progress(name, done, total),
     )  # fmt: skip
     blocks, facts = train_end_to_end(job)

@@ -192,9 +192,9 @@ def compress(job: Job, progress: Progress) -> dict[str, Any]:
 def _windows(job: Job, model: DenseModel) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, str]:
     """Windows to calibrate on, to train on end to end, to measure perplexity on, and the name of the latter."""
     tokenizer, recipe = model.tokenizer(), job.recipe
-    tokens = max((stage.tokens for stage in (recipe.prune, recipe.distill, recipe.oqp) if stage is not None), default=0)
+    training = sum(stage.steps(recipe.context) * stage.batch for stage in recipe.whole_model_stages().values())
     # Eight times as many samples as are asked for are read, so that the choice is spread over the text.
-    most = max(8 * recipe.samples, -(-tokens // recipe.context) + 8) + job.evaluation_windows
+    most = max(8 * recipe.samples, training + 8) + job.evaluation_windows  # 8 judge the training
     windows = token_windows(job.calibration, tokenizer, recipe.context, most)
     if job.evaluation is not None:
         measured = token_windows(job.evaluation, tokenizer, recipe.context, job.evaluation_windows)
@@ -209,7 +209,7 @@ def _windows(job: Job, model: DenseModel) -> tuple[torch.Tensor, torch.Tensor, t
             )
         windows, measured, text = windows[:-held], windows[-held:], f"{job.calibration.name} (held-out end)"
     chosen = choose_windows(windows, recipe.samples, recipe.seed, job.calibration.name)
-    return chosen, windows if tokens else windows[:0], measured, text
+    return chosen, windows if training else windows[:0], measured, text
 
 
 def _measure(

@@ -77,6 +77,10 @@ class WholeModel(Training):
     checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, about a third more time."""
 
+    def steps(self, context: int) -> int:
+        """Steps that these tokens take, in windows of ``context`` tokens."""
+        return -(-self.tokens // (self.batch * context))
+
 
 class GradualPruning(WholeModel):
     """Pruning while the whole model is trained, in place of pruning at one stroke; INT4 by rounding at its end.
@@ -150,6 +154,11 @@ class Recipe(BaseModel):
     """End-to-end training of kept weights, scales and zero points; None leaves it out."""
     oqp: EndToEnd | None = None
     """End-to-end training of scales and zero points, the last stage; None leaves it out."""
+
+    def whole_model_stages(self) -> dict[str, WholeModel]:
+        """The stages that train the whole model, in order."""
+        stages = {"prune": self.prune, "distill": self.distill, "oqp": self.oqp}
+        return {name: stage for name, stage in stages.items() if stage is not None}
 
     def sparsity_of(self, name: str) -> float:
         """Share of groups to prune in the linear ``name`` (the head has its own, see :meth:`for_head`)."""

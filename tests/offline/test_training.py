@@ -274,3 +274,20 @@ def test_learning_rates_rise_and_fall():
     assert factors[9] == factors[10] == 1
     assert all(a > b for a, b in itertools.pairwise(factors[10:]))
     assert factors[-1] == pytest.approx(0.1, abs=0.001)
+
+
+def test_each_stage_goes_on_in_the_text_where_the_one_before_stopped(dense, text, tmp_path, monkeypatch):
+    seen = []
+    picked = e2e._picked
+    monkeypatch.setattr(e2e, "_picked", lambda *a: seen.append(picked(*a)) or seen[-1])
+    recipe = Recipe(
+        samples=16,
+        context=48,
+        precision="float32",
+        distill=Distillation(tokens=480, batch=2),
+        oqp=EndToEnd(tokens=960, batch=4),
+    )
+    compress(job(dense("llama"), text, tmp_path / "out", recipe), silent)
+    windows = torch.cat(seen).tolist()
+    assert len(windows) == 5 * 2 + 5 * 4
+    assert len(set(windows)) == len(windows)
