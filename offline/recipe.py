@@ -191,6 +191,12 @@ class Recipe(BaseModel):
                     re.compile(entry[3:])
                 except re.error as error:
                     raise ValueError(f"overrides {entry!r} is not a regular expression: {error}") from error
+        if self.pattern not in ("row", "matrix"):
+            n, m = parse_pattern(self.pattern)
+            if abs(self.sparsity - (1 - n / m)) > 1e-6:
+                raise ValueError(
+                    f"pattern {self.pattern} prunes {1 - n / m:g} of the groups, sparsity says {self.sparsity:g}"
+                )
         if self.prune is not None and self.bqpo is not None:
             raise ValueError("prune takes the place of one-shot pruning and bqpo, which follows it; leave out one")
         if self.prune is not None and self.pattern not in ("row", "matrix"):
@@ -202,12 +208,6 @@ class Recipe(BaseModel):
             raise ValueError(f"pattern {self.pattern} prunes the same share everywhere; leave out overrides")
         if self.lm_head is not None and is_ignored(HEAD, self.ignore):
             raise ValueError(f"ignore takes {HEAD}, which is to be compressed; give one of --lm-head and --ignore")
-        if self.pattern not in ("row", "matrix"):
-            n, m = parse_pattern(self.pattern)
-            if abs(self.sparsity - (1 - n / m)) > 1e-6:
-                raise ValueError(
-                    f"pattern {self.pattern} prunes {1 - n / m:g} of the groups, sparsity says {self.sparsity:g}"
-                )
         return self
 
     @classmethod
