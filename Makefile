@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test cuda-check matrix lint format types demo bench-cpu clean
+.PHONY: help setup test cuda-check matrix lint format types demo bench-cpu clean fuzz load dist
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +31,9 @@ matrix: ## Run the plugin's tests beside other versions of vLLM (MATRIX="0.29.0 
 	  $(PYTHON) benchmarks/demo/install.py build/matrix/$$version --vllm $$version; \
 	  build/matrix/$$version/bin/python -m pytest tests/plugin; \
 	done
+
+fuzz: setup ## Spoil thousands of checkpoints and load them: SEED=0 CASES=5000
+	$(BIN)/python -m tests.fuzz $(if $(SEED),--seed $(SEED)) $(if $(CASES),--cases $(CASES))
 
 lint: setup ## Check style and formatting with ruff
 	$(BIN)/ruff check .

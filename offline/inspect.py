@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 
-from vllm_gqsa.format import CheckpointReader, FormatError
+from vllm_gqsa.format import CheckpointReader, FormatError, check_layers
 from vllm_gqsa.offline.errors import InputError
+from vllm_gqsa.offline.source import load_config
 from vllm_gqsa.offline.stream import meta_model
 
 __all__ = ["Inspection", "ModuleFacts", "inspect_checkpoint", "module_shapes", "plot"]
@@ -79,10 +79,8 @@ def module_shapes(reader: CheckpointReader) -> dict[str, tuple[int, int]]:
     Raises:
         FormatError: config.json lists a module that the model does not have, or that is neither of these.
     """
-    try:
-        config = AutoConfig.from_pretrained(reader.folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise FormatError(f"{reader.folder}/config.json: transformers cannot read it: {error}") from error
+    config = load_config(reader.folder)
+    check_layers(config, reader.files)
     skeleton = dict(meta_model(config).named_modules())
     shapes = {}
     for name in reader.config.modules:

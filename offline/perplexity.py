@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoConfig
 
 from vllm_gqsa.offline.errors import InputError
-from vllm_gqsa.offline.source import load_tokenizer, model_folder
+from vllm_gqsa.offline.source import load_config, load_tokenizer, model_folder
 from vllm_gqsa.offline.stream import ModelStream
 from vllm_gqsa.offline.text import TextSource, check_context, token_windows
 
@@ -99,7 +98,7 @@ def evaluate(
     """
     folder = model_folder(model)
     # vLLM always generates a token after the window.
-    check_context(context + (engine == "vllm"), AutoConfig.from_pretrained(folder))
+    check_context(context + (engine == "vllm"), load_config(folder))
     windows = token_windows(text, load_tokenizer(folder), context, max_windows)
     run = _through_vllm if engine == "vllm" else _through_transformers
     return Perplexity.of(run(folder, windows, dtype, device, progress), windows, text.name)

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoTokenizer
 
-from vllm_gqsa.format import FormatError, TensorFiles, read_json
+from vllm_gqsa.format import FormatError, TensorFiles, check_layers, read_json
 from vllm_gqsa.offline.errors import InputError
 
-__all__ = ["DenseModel", "model_folder"]
+__all__ = ["DenseModel", "load_config", "load_tokenizer", "model_folder"]
 
 
 def model_folder(name: str) -> Path:
@@ -46,12 +46,13 @@ class DenseModel:
         """Open the model; no weights are read yet.
 
         Raises:
-            InputError: not a model folder, no safetensors, an unknown architecture, or quantised already.
+            InputError: not a model folder, no safetensors, or quantised already.
+            FormatError: config.json or a header is not what it should be.
         """
         self.folder = model_folder(name)
+        self.raw_config = read_json(self.folder / "config.json")
+        self.config: Any = load_config(self.folder)
         try:
-            self.raw_config = read_json(self.folder / "config.json")
-            self.config: Any = AutoConfig.from_pretrained(self.folder)
             self._files = TensorFiles(self.folder)
         except FormatError as error:
             if any(self.folder.glob("*.bin")):
@@ -60,10 +61,10 @@ class DenseModel:
                     "transformers and save_pretrained() it as safetensors"
                 ) from error
             raise InputError(str(error)) from error
-        except (OSError, ValueError, KeyError) as error:
-            raise InputError(f"{self.folder}/config.json: transformers cannot read it: {error}") from error
+        check_layers(self.config, self._files)
         if "quantization_config" in self.raw_config:
-            method = (self.raw_config["quantization_config"] or {}).get("quant_method")
+            config = self.raw_config["quantization_config"]
+            method = config.get("quant_method") if isinstance(config, dict) else config
             raise InputError(f"{self.folder}: is quantised already ({method}); give the dense model")
 
     def tokenizer(self) -> Any:  # noqa: ANN401 - transformers chooses the class
@@ -104,6 +105,20 @@ class DenseModel:
         return sum(path.stat().st_size for path in self.files())
 
 
+def load_config(folder: Path) -> Any:  # noqa: ANN401 - transformers chooses the class
+    """The transformers configuration of a model folder; code that a folder brings along is never run.
+
+    Raises:
+        FormatError: transformers cannot read it.
+    """
+    read_json(folder / "config.json")
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # nonsense in config.json gets as far as it gets, and fails as it will
+        reason = " ".join(str(error).split())
+        raise FormatError(f"{folder}/config.json: transformers cannot read it: {reason}") from error
+
+
 def load_tokenizer(folder: Path) -> Any:  # noqa: ANN401
     """The tokenizer of a model folder.
 
@@ -111,6 +126,7 @@ def load_tokenizer(folder: Path) -> Any:  # noqa: ANN401
         InputError: there is none that transformers can load.
     """
     try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{folder}: has no tokenizer that transformers can load: {error}") from error
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # the files of a tokenizer are read by several libraries
+        reason = " ".join(str(error).split())
+        raise InputError(f"{folder}: has no tokenizer that transformers can load: {reason}") from error

@@ -31,13 +31,14 @@ def meta_model(config: Any) -> Any:  # noqa: ANN401 - transformers chooses the c
     """The model of a transformers config without any memory for weights; its tensors have the names they have in files.
 
     Raises:
-        InputError: transformers has no causal language model for it, or an unknown one with experts.
+        InputError: transformers has no causal language model for it or cannot build it, or it has unknown experts.
     """
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"transformers cannot build a causal language model from config.json: {error}") from error
+    except Exception as error:  # nonsense in config.json gets as far as it gets, and fails as it will
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"transformers cannot build a causal language model from config.json: {reason}") from error
     unfuse_experts(model, config.model_type)
     name_as_in_files(model, config.model_type)
     if fused_experts(model):

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from vllm_gqsa.experts import name_in_model, weight_in_model
-from vllm_gqsa.format import CheckpointReader, FormatError, missing_dense
+from vllm_gqsa.format import CheckpointReader, FormatError, check_dense
 from vllm_gqsa.offline.errors import InputError
 from vllm_gqsa.offline.inspect import module_shapes
-from vllm_gqsa.offline.source import DenseModel, load_tokenizer, model_folder
+from vllm_gqsa.offline.source import DenseModel, load_config, load_tokenizer, model_folder
 from vllm_gqsa.offline.stream import meta_model
 
 __all__ = ["Comparison", "compare", "verify_checkpoint"]
@@ -31,17 +31,11 @@ def verify_checkpoint(folder: Path, progress: Callable[[int, int], None]) -> int
     """
     reader = CheckpointReader(folder)
     shapes = module_shapes(reader)
-    skeleton = meta_model(AutoConfig.from_pretrained(folder))
-    for name in missing_dense(reader.config, skeleton, reader.files.file_of):
-        raise FormatError(f"{folder}: tensor {name}, which the model needs, is missing")
-    for name, tensor in skeleton.state_dict().items():
+    skeleton = meta_model(load_config(folder))
+    check_dense(reader.config, skeleton, reader.files)
+    for name in skeleton.state_dict():
         if name not in reader.files:
             continue  # compressed, or tied to another
-        if reader.files.shape(name) != tuple(tensor.shape):
-            found = reader.files.shape(name)
-            raise FormatError(
-                f"{reader.files.file_of[name]}: {name} has shape {found}, the model needs {tuple(tensor.shape)}"
-            )
         if not torch.isfinite(reader.files.tensor(name)).all():
             raise FormatError(f"{reader.files.file_of[name]}: {name} holds infinite or NaN values")
     for done, (name, shape) in enumerate(shapes.items(), 1):
@@ -83,7 +77,7 @@ def compare(folder: Path, dense: str, text: str = _PROMPT) -> Comparison:
     """
     import vllm_gqsa.hf  # noqa: F401, PLC0415 - registers the quantiser
 
-    original_config, our_config = DenseModel(dense).config, AutoConfig.from_pretrained(folder)
+    original_config, our_config = DenseModel(dense).config, load_config(folder)
     for key in ("model_type", "vocab_size", "hidden_size", "num_hidden_layers"):
         theirs, ours_is = getattr(original_config, key), getattr(our_config, key)
         if theirs != ours_is:

@@ -3,12 +3,10 @@
 Without the import transformers only warns and returns a model with random linears.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import (
@@ -22,11 +20,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from vllm_gqsa.experts import fused_experts, name_in_model, unfuse_experts
 from vllm_gqsa.format import (
     TENSORS,
+    CheckpointReader,
     FormatError,
     GqsaConfig,
     GroupSparseMatrix,
     check_group_size,
-    check_tensor_names,
     missing_dense,
 )
 from vllm_gqsa.kernels import linear
@@ -173,18 +171,18 @@ class GqsaQuantizer(HfQuantizer):
         config = self.quantization_config.config
         if not checkpoint_files or not str(checkpoint_files[0]).endswith(".safetensors"):
             raise FormatError("a GQSA checkpoint is made of safetensors files, and none were found")
-        names = set(_tensor_names([Path(file) for file in checkpoint_files]))
-        where = str(Path(checkpoint_files[0]).parent)
-        check_tensor_names(config, names, where)
+        files = CheckpointReader(Path(checkpoint_files[0]).parent, config).files
+        if {Path(file) for file in checkpoint_files} != set(files.file_of.values()):
+            raise FormatError(f"{files.folder}: holds two sets of weights, and transformers reads the wrong one")
         kind = model.config.model_type
         self._nnz = {name_in_model(name, kind): entry.nnz for name, entry in config.modules.items()}
         unfuse_experts(model, kind, lambda experts: any(name.startswith(f"{experts}.") for name in self._nnz))
         for name, nnz in self._nnz.items():
             _replace(model, name, nnz, config.group_size)
         # Experts that stay fused have other names in files; transformers itself says where one of them is missing.
-        present = {name_in_model(name, kind) for name in names} | set(fused_experts(model))
+        present = {name_in_model(name, kind) for name in files.file_of} | set(fused_experts(model))
         for name in missing_dense(config, model, present):
-            raise FormatError(f"{where}: {name} is missing, and config.json does not list it as compressed")
+            raise FormatError(f"{files.folder}: {name} is missing, and config.json does not list it as compressed")
         return model
 
     def _process_model_after_weight_loading(
@@ -215,15 +213,6 @@ class GqsaQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """No: codes and scales have no gradient."""
         return False
-
-
-def _tensor_names(files: list[Path]) -> Iterator[str]:
-    for path in files:
-        try:
-            with safe_open(path, framework="pt") as handle:
-                yield from handle.keys()
-        except (SafetensorError, OSError) as error:
-            raise FormatError(f"{path}: is not a complete safetensors file: {error}") from error
 
 
 def _replace(model: PreTrainedModel, name: str, nnz: int, size: int) -> None:

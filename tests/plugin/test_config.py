@@ -175,3 +175,41 @@ def test_folder_is_checked_before_workers_start(tmp_path):
     (pair.checkpoint / "model.safetensors").unlink()
     config.maybe_update_config(str(pair.checkpoint))
     config.maybe_update_config("some/hub-name")
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt"])
+def test_pickled_weights_are_refused_before_anything_reads_them(tmp_path, name):
+    (tmp_path / name).write_bytes(pickle.dumps({}))
+    with pytest.raises(FormatError, match=f"{name}: pickled weights are never read"):
+        make().maybe_update_config(str(tmp_path))
+
+
+@pytest.mark.parametrize("load_format", ["pt", "npcache"])
+def test_load_formats_of_pickles_are_refused(load_format):
+    from vllm.config import LoadConfig
+
+    method = make().get_quant_method(Linear(), "model.layers.0.self_attn.qkv_proj")
+    with (
+        set_current_vllm_config(VllmConfig(load_config=LoadConfig(load_format=load_format))),
+        pytest.raises(ValueError, match=f"--load-format {load_format} reads pickles"),
+    ):
+        method.create_weights(Linear(), 16, [16], 16, 16, torch.float32)
+
+
+def test_nonsense_in_config_json_is_said_before_a_worker_starts(tmp_path):
+    from transformers import AutoConfig
+
+    folder = compress_randomly(make_dense(tmp_path / "dense"), tmp_path).checkpoint
+    config = AutoConfig.from_pretrained(folder)
+    ours = GqsaQuantizationConfig.from_config(config.quantization_config)
+    ours.maybe_update_config(str(folder), config)
+    for key, value, says in (
+        ("num_hidden_layers", 10**9, "num_hidden_layers is 1000000000, but there are only"),
+        ("hidden_act", "nonsense", "describes no model that can be built"),
+        ("vocab_size", 512, r"model.embed_tokens.weight has shape \(256, 128\), the model needs \(512, 128\)"),
+    ):
+        right = getattr(config, key)
+        setattr(config, key, value)
+        with pytest.raises(FormatError, match=says):
+            ours.maybe_update_config(str(folder), config)
+        setattr(config, key, right)

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import stat
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,32 @@ from safetensors import SafetensorError, safe_open
 
 from vllm_gqsa.format.errors import FormatError
 from vllm_gqsa.format.matrix import TENSORS, GroupSparseMatrix
-from vllm_gqsa.format.schema import GqsaConfig
+from vllm_gqsa.format.schema import GqsaConfig, is_ignored
 
-__all__ = ["CheckpointReader", "TensorFiles", "check_tensor_names", "missing_dense", "read_config", "read_json"]
+__all__ = [
+    "CheckpointReader",
+    "TensorFiles",
+    "check_dense",
+    "check_layers",
+    "check_tensor_names",
+    "missing_dense",
+    "read_config",
+    "read_json",
+]
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+
+
+def check_file(path: Path) -> None:
+    """Check that a path leads to an ordinary file: a pipe or a device may never end.
+
+    Raises:
+        OSError: nothing is there.
+        FormatError: something else is there.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise FormatError(f"{path}: is not an ordinary file")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -27,6 +48,7 @@ def read_json(path: Path) -> dict[str, Any]:
         FormatError: the file is missing, is not JSON, or is not an object.
     """
     try:
+        check_file(path)
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FormatError(f"{path}: no such file") from None
@@ -70,7 +92,8 @@ class TensorFiles:
             raise FormatError(f"{index}: weight_map is missing or empty")
         names = weight_map.values()
         for name in names:
-            if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            is_name = isinstance(name, str) and name.isprintable() and Path(name).name == name
+            if not is_name or not name.endswith(".safetensors"):
                 raise FormatError(f"{index}: {name!r} is not the name of a safetensors file in this folder")
         return [self.folder / name for name in sorted(set(names))]
 
@@ -89,6 +112,7 @@ class TensorFiles:
     def _handle(self, path: Path) -> Any:  # noqa: ANN401 - safetensors has no types
         if path not in self._open:
             try:
+                check_file(path)
                 self._open[path] = safe_open(path, framework="pt")
             except FileNotFoundError:
                 raise FormatError(f"{path}: no such file, though {INDEX} names it") from None
@@ -125,7 +149,7 @@ class TensorFiles:
 
 
 def check_tensor_names(config: GqsaConfig, names: Iterable[str], where: str) -> None:
-    """Check that every listed module has its four tensors and no others have any.
+    """Check that every listed module has its four tensors, that no others have any, and that none is ignored too.
 
     Args:
         config: the checkpoint's configuration.
@@ -133,10 +157,12 @@ def check_tensor_names(config: GqsaConfig, names: Iterable[str], where: str) -> 
         where: put in front of the message.
 
     Raises:
-        FormatError: a tensor is missing or belongs to a module that is not listed.
+        FormatError: a tensor is missing or belongs to a module that is not listed, or a module is listed and ignored.
     """
     present = set(names)
     for module in config.modules:
+        if is_ignored(module, config.ignore):
+            raise FormatError(f"{where}/config.json: lists {module} in modules, and ignores it too")
         for suffix in TENSORS:
             if f"{module}.{suffix}" not in present:
                 raise FormatError(f"{where}: {module}.{suffix} is missing, though config.json lists {module}")
@@ -162,6 +188,40 @@ def missing_dense(config: GqsaConfig, model: torch.nn.Module, names: Iterable[st
     return [name for name in needed if name not in present]
 
 
+def check_layers(config: Any, files: TensorFiles) -> None:  # noqa: ANN401 - a transformers configuration
+    """Check that config.json asks for no more layers than there are tensors, before a model is built of it.
+
+    Raises:
+        FormatError: it does; building them would take for ever.
+    """
+    layers = getattr(config, "num_hidden_layers", None)
+    if isinstance(layers, int) and layers > len(files.file_of):
+        count = len(files.file_of)
+        raise FormatError(
+            f"{files.folder}/config.json: num_hidden_layers is {layers}, but there are only {count} tensors"
+        )
+
+
+def check_dense(config: GqsaConfig, model: torch.nn.Module, files: TensorFiles) -> None:
+    """Check that the tensors outside the compressed linears are there, with the shapes that a model needs.
+
+    Args:
+        config: the checkpoint's configuration.
+        model: of transformers, with or without memory for its weights.
+        files: the checkpoint's files.
+
+    Raises:
+        FormatError: one is missing or has another shape.
+    """
+    for name in missing_dense(config, model, files.file_of):
+        raise FormatError(f"{files.folder}: tensor {name}, which the model needs, is missing")
+    for name, tensor in model.state_dict().items():
+        if name in files and files.shape(name) != tuple(tensor.shape):  # else compressed, or tied to another
+            raise FormatError(
+                f"{files.file_of[name]}: {name} has shape {files.shape(name)}, the model needs {tuple(tensor.shape)}"
+            )
+
+
 class CheckpointReader:
     """A GQSA checkpoint folder, opened and checked as far as names and counts go; data is read on demand."""
 
@@ -178,7 +238,17 @@ class CheckpointReader:
         self.folder = Path(folder)
         self.config = config or read_config(self.folder)
         self.files = TensorFiles(self.folder)
+        self._check_strangers()
         check_tensor_names(self.config, self.files.file_of, str(self.folder))
+
+    def _check_strangers(self) -> None:
+        """Refuse files that vLLM would load beside ours, or (consolidated*) instead of them."""
+        ours = {path.name for path in self.files.file_of.values()} | {SINGLE}
+        indexed = (self.folder / INDEX).exists()
+        for path in sorted(self.folder.glob("*.safetensors")):
+            stranger = path.name not in ours and not path.name.startswith(".")
+            if stranger and (not indexed or path.name.startswith("consolidated")):
+                raise FormatError(f"{path}: is no part of the checkpoint, and vLLM would load it; remove it")
 
     def matrix(self, module: str, expect: tuple[int, int]) -> GroupSparseMatrix:
         """Read and validate one compressed linear.

@@ -1,8 +1,10 @@
 """The ``quantization_config`` of a checkpoint's config.json."""
 
+import functools
 import re
 from typing import Any, Literal
 
+import re2
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from vllm_gqsa.format.errors import FormatError
@@ -51,7 +53,7 @@ class GqsaConfig(BaseModel):
     pattern: str
     """Scope the mask was chosen in: ``row``, ``matrix`` or ``n:m``. A hint: any valid mask is accepted."""
     ignore: tuple[str, ...] = ()
-    """Modules left dense: exact names, or ``re:`` and a regular expression that matches from the start."""
+    """Modules left dense: exact names, or ``re:`` and a regular expression (of RE2) that matches from the start."""
     modules: dict[str, ModuleEntry]
     """Every compressed linear by its unfused Hugging Face name; also the embedding that is tied to the head."""
 
@@ -132,12 +134,21 @@ def check_ignore(ignore: tuple[str, ...]) -> None:
     """
     for entry in ignore:
         if entry.startswith("re:"):
-            try:
-                re.compile(entry[3:])
-            except re.error as error:
-                raise ValueError(f"ignore {entry!r} is not a regular expression: {error}") from error
+            _compiled(entry)
 
 
 def is_ignored(name: str, ignore: tuple[str, ...]) -> bool:
     """Whether a module name is on an ignore list of exact names and ``re:`` expressions."""
-    return any(re.match(e[3:], name) is not None if e.startswith("re:") else e == name for e in ignore)
+    return any(_compiled(e).match(name) is not None if e.startswith("re:") else e == name for e in ignore)
+
+
+@functools.lru_cache(maxsize=256)
+def _compiled(entry: str) -> Any:  # noqa: ANN401 - re2 has no types
+    # RE2 and not re: checkpoints come from strangers, and a hostile expression can keep re busy for years.
+    options = re2.Options()
+    options.log_errors = False
+    try:
+        return re2.compile(entry[3:], options)
+    except (re2.error, UnicodeEncodeError) as error:
+        reason = error.args[0].decode(errors="replace") if isinstance(error, re2.error) else "not Unicode text"
+        raise ValueError(f"ignore {entry!r} is not a regular expression that RE2 knows: {reason}") from error

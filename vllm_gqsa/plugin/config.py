@@ -1,5 +1,6 @@
 """The quantization config ``gqsa``: which layer of a vLLM model is compressed, and what is wrong where none fits."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,17 @@ import torch
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
 from vllm_gqsa.experts import fused_experts, name_as_in_files, unfuse_experts
-from vllm_gqsa.format import EMBEDDING, HEAD, CheckpointReader, FormatError, GqsaConfig, few, is_ignored, missing_dense
+from vllm_gqsa.format import (
+    EMBEDDING,
+    HEAD,
+    CheckpointReader,
+    FormatError,
+    GqsaConfig,
+    check_dense,
+    check_layers,
+    few,
+    is_ignored,
+)
 from vllm_gqsa.plugin.shards import Sources
 
 __all__ = ["GqsaQuantizationConfig"]
@@ -72,16 +83,23 @@ class GqsaQuantizationConfig(QuantizationConfig):
 
         return cls(GqsaConfig.parse(config, "config.json"))
 
-    def maybe_update_config(self, model_name: str, *_: object, **__: object) -> None:
+    def maybe_update_config(
+        self,
+        model_name: str,
+        hf_config: Any = None,  # noqa: ANN401 - transformers chooses the class
+        *_: object,
+        **__: object,
+    ) -> None:
         """Check the checkpoint as far as that needs no data; vLLM calls this once, before it starts workers.
 
         Args:
             model_name: folder or hub name. Only a folder can be looked at here; what comes from elsewhere is
                 checked as it is loaded.
+            hf_config: config.json as vLLM understood it.
 
         Raises:
             ValueError: the model is not a GQSA checkpoint.
-            FormatError: a file is truncated or missing, or tensors and config.json disagree.
+            FormatError: a file is truncated or missing, tensors and config.json disagree, or the weights are pickled.
         """
         if self.config is None:
             raise ValueError(
@@ -90,8 +108,12 @@ class GqsaQuantizationConfig(QuantizationConfig):
             )
         folder = Path(model_name)
         # --load-format dummy needs no weights at all.
-        if any((folder / name).exists() for name in _WEIGHTS):
-            _check_dense(CheckpointReader(folder, self.config))
+        if any(os.path.lexists(folder / name) for name in _WEIGHTS):
+            _check_model(CheckpointReader(folder, self.config), hf_config)
+            return
+        pickled = [path for pattern in ("*.bin", "*.pt") for path in sorted(folder.glob(pattern))]
+        if pickled:
+            raise FormatError(f"{pickled[0]}: pickled weights are never read; a GQSA checkpoint is made of safetensors")
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:  # noqa: ANN401 - vLLM's WeightsMapper
         """Rename modules as this model class does.
@@ -248,25 +270,30 @@ def _check_lora(name: str) -> None:
         )
 
 
-def _check_dense(reader: CheckpointReader) -> None:
-    """Check that no tensor outside the compressed linears is missing: vLLM serves what was in memory instead.
+def _check_model(reader: CheckpointReader, config: Any) -> None:  # noqa: ANN401 - transformers chooses the class
+    """Check the tensors outside the compressed linears: vLLM serves what was in memory instead of a missing one.
 
     Raises:
-        FormatError: one is missing.
+        FormatError: one is missing or has the wrong shape, or config.json describes no model.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415 - slow, and only for local folders
+    from transformers import AutoModelForCausalLM  # noqa: PLC0415 - slow, and only for local folders
 
-    config = AutoConfig.from_pretrained(reader.folder)
     if type(config) not in AutoModelForCausalLM._model_mapping:
         return  # a kind of model whose names transformers does not tell
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    check_layers(config, reader.files)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except ImportError:
+        raise
+    except Exception as error:  # nonsense in config.json gets as far as it gets, and fails as it will
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise FormatError(f"{reader.folder}/config.json: describes no model that can be built: {reason}") from error
     unfuse_experts(model, config.model_type)
     name_as_in_files(model, config.model_type)
     if fused_experts(model):
         return  # a mixture of experts whose names in files are not known
-    for name in missing_dense(reader.config, model, reader.files.file_of):
-        raise FormatError(f"{reader.folder}: tensor {name}, which the model needs, is missing")
+    check_dense(reader.config, model, reader.files)
 
 
 def _is_routed_experts(layer: torch.nn.Module) -> bool:

@@ -54,6 +54,7 @@ class GqsaLinearMethod(LinearMethodBase):
         Raises:
             FormatError: the group size does not divide the input features of a rank.
             NotImplementedError: a kind of layer that is not known.
+            ValueError: vLLM was told to read pickles.
         """
         plan = plan_shards(layer, self.sources, input_size_per_partition, output_partition_sizes, self.group_size)
         self._matrix = LayerMatrix(layer, plan, self._sparsity(plan))

@@ -61,6 +61,25 @@ class Staging:
             self.clear()
             raise
 
+    def check_size(self, piece: str, tensor: torch.Tensor, shard_id: ShardId | tuple[ShardId, ...] | None) -> None:
+        """Check a tensor's length before it is copied: a file may say any.
+
+        Raises:
+            FormatError: it has more or fewer rows or groups than expected.
+        """
+        plan = self.plan
+        key = plan.key(shard_id)
+        name, listed = plan.source(key)
+        rows = sum(plan.shards[each].rows for each in key)
+        if piece in ("qweight", "scale_zero"):
+            found = tensor.shape[0] if tensor.dim() else 0
+            if listed is not None and found != listed:
+                raise FormatError(f"{name}: holds nnz = {found} groups, config.json says {listed}")
+            return
+        expected = (rows + 1,) if piece == "crow_indices" else (rows, -(-plan.in_features // plan.group_size // 8))
+        if tuple(tensor.shape) != expected:
+            raise FormatError(f"{name}: {piece} has shape {tuple(tensor.shape)}, expected {expected}")
+
     def _slice(self, key: tuple[ShardId, ...], pieces: dict[str, torch.Tensor]) -> None:
         plan = self.plan
         name, listed = plan.source(key)
@@ -156,10 +175,11 @@ def load_piece(
     Only the first counts.
 
     Raises:
-        FormatError: see :meth:`Staging.add`.
+        FormatError: see :meth:`Staging.check_size` and :meth:`Staging.add`.
     """
     if param.staging.loaded and not param.is_meta:
         return
+    param.staging.check_size(param.piece, loaded_weight, loaded_shard_id)
     # A copy, because loaded_weight may be a view of a file or of a buffer that vLLM uses again; by copy_, because
     # reload notices by it that something was loaded.
     copy = torch.empty_like(loaded_weight, device="cpu", memory_format=torch.contiguous_format)

@@ -13,6 +13,7 @@ from vllm_gqsa.plugin.shards import ShardPlan
 __all__ = ["LayerMatrix", "process"]
 
 _DUMMY_SEED = 0
+_PICKLED = ("npcache", "pt")
 
 
 class LayerMatrix:
@@ -36,13 +37,19 @@ class LayerMatrix:
             prefix: in front of the names of the four parameters, where a layer has several matrices.
             loader: what vLLM calls with each tensor of the checkpoint.
             prepare: lays the matrix out for its kernel, on a device.
+
+        Raises:
+            ValueError: vLLM was told to read pickles.
         """
+        load_format = get_current_vllm_config().load_config.load_format
+        if load_format in _PICKLED:
+            raise ValueError(f"--load-format {load_format} reads pickles; a GQSA checkpoint is made of safetensors")
         self.plan = plan
         self.staging = Staging(plan)
         self._sparsity = sparsity
         self._prepare = prepare
         self._prefix = prefix
-        self._dummy = get_current_vllm_config().load_config.load_format == "dummy"
+        self._dummy = load_format == "dummy"
         self._layout = ""
         self._shapes: dict[str, torch.Size] = {}
         for piece in TENSORS:
