@@ -22,7 +22,7 @@ from rich.progress import (
 from rich.table import Table
 
 from vllm_gqsa.format import FormatError, parse_pattern
-from vllm_gqsa.offline.errors import InputError
+from vllm_gqsa.offline.errors import InputError, missing_extra
 from vllm_gqsa.offline.recipe import Importance, Precision, Recipe
 
 __all__ = ["main"]
@@ -56,10 +56,13 @@ def _usable_device(name: str) -> str:
     return name
 
 
+_MOST = 2**31 - 1
 Device = Annotated[
     str, typer.Option(callback=_usable_device, help="torch device that computes, for example cpu or cuda.")
 ]
-Batch = Annotated[int, typer.Option(min=1, help="Windows at a time through a block; less takes less memory.")]
+Batch = Annotated[
+    int, typer.Option(min=1, max=_MOST, help="Windows at a time through a block; less takes less memory.")
+]
 Column = Annotated[str, typer.Option(help="Column of a .jsonl, .parquet or dataset that holds the text.")]
 RecipeName = Annotated[
     str,
@@ -125,7 +128,9 @@ def main() -> None:
     """Entry point: errors a person can mend become one sentence on stderr and exit code 2."""
     try:
         app()
-    except (InputError, FormatError) as error:
+    except (InputError, FormatError, ModuleNotFoundError) as error:
+        if isinstance(error, ModuleNotFoundError):
+            error = missing_extra(error)
         _err.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)
 
@@ -211,7 +216,9 @@ def compress(
         ),
     ] = None,
     eval_split: Annotated[str, typer.Option(help="Split of --eval-text, where it is a dataset.")] = "test",
-    eval_windows: Annotated[int, typer.Option(min=1, help="Measure them on at most this many windows.")] = 16,
+    eval_windows: Annotated[
+        int, typer.Option(min=1, max=_MOST, help="Measure them on at most this many windows.")
+    ] = 16,
     device: Device = "cpu",
     batch: Batch = 8,
     memory: Annotated[
@@ -279,13 +286,15 @@ def estimate(
     from vllm_gqsa.offline.families import family_of
     from vllm_gqsa.offline.pipeline import check_layers
     from vllm_gqsa.offline.source import DenseModel
+    from vllm_gqsa.offline.text import check_context
 
     chosen = _recipe(
         recipe, sparsity=sparsity, lm_head=lm_head, group_size=group_size, pattern=pattern, compensate=compensate,
         samples=samples, context=context, ignore=ignore and tuple(ignore),
     )  # fmt: skip
-    dense = DenseModel(model)
+    dense = DenseModel(model, weights=False)
     family = family_of(dense.config)
+    check_context(chosen.context, dense.config)
     costs = run(dense, family, chosen, check_layers(dense, family, chosen), batch=batch, device=device)
     if as_json:
         print(json.dumps(costs.to_json()))
@@ -392,6 +401,33 @@ def verify(
                 "same most likely token": f"{100 * comparison.same_best:.0f} %",
             },
         )
+
+
+@app.command()
+def doctor(
+    checkpoint: Annotated[
+        Path | None, typer.Argument(metavar="[CHECKPOINT]", help="Also say what would be used for this one.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show versions, processor, GPU and kernels; exit code 1 if vLLM could not serve here, with what to do."""
+    from vllm_gqsa.offline.doctor import diagnose
+
+    found = diagnose(checkpoint)
+    if as_json:
+        print(json.dumps(found.to_json()))
+    else:
+        # Plain lines, to be pasted into an issue.
+        width = max(map(len, found.facts)) + 2
+        for name, value in found.facts.items():
+            print(f"{name:<{width}}{value}")
+        for warning in found.warnings:
+            print(f"warning: {warning}")
+        for problem in found.problems:
+            print(f"problem: {problem}")
+        print("vLLM cannot serve GQSA checkpoints here" if found.problems else "all is well")
+    if found.problems:
+        raise typer.Exit(1)
 
 
 @app.command("eval")

@@ -87,14 +87,18 @@ def open_run(folder: Path, run: Mapping[str, Any], *, restart: bool) -> Iterator
         restart: throw away what an earlier run left.
 
     Raises:
-        InputError: the folder holds something else, belongs to a run with another fingerprint, or is in use.
+        InputError: the folder cannot be made, holds something else, belongs to a run with another fingerprint, or is
+            in use.
     """
     record = folder / RUN_FILE
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: is a file; name a folder")
     if folder.is_dir() and not record.exists() and any(not p.name.startswith(PARTIAL) for p in folder.iterdir()):
         raise InputError(f"{folder}: is not empty and was not begun by gqsa compress; choose another folder")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder}: the folder cannot be made: {error.strerror}") from error
     lock = os.open(folder, os.O_RDONLY)
     try:
         try:

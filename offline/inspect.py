@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from vllm_gqsa.format import CheckpointReader, FormatError, check_layers
+from vllm_gqsa.format import CheckpointReader, FormatError, check_layer_count
 from vllm_gqsa.offline.errors import InputError
 from vllm_gqsa.offline.source import load_config
 from vllm_gqsa.offline.stream import meta_model
@@ -80,7 +80,7 @@ def module_shapes(reader: CheckpointReader) -> dict[str, tuple[int, int]]:
         FormatError: config.json lists a module that the model does not have, or that is neither of these.
     """
     config = load_config(reader.folder)
-    check_layers(config, reader.files)
+    check_layer_count(config, len(reader.files.file_of), reader.folder)
     skeleton = dict(meta_model(config).named_modules())
     shapes = {}
     for name in reader.config.modules:

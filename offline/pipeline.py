@@ -10,7 +10,7 @@ import torch
 import transformers
 
 import vllm_gqsa
-from vllm_gqsa.format import CheckpointReader, read_json
+from vllm_gqsa.format import HEAD, CheckpointReader, is_ignored, read_json
 from vllm_gqsa.offline.card import REPORT_FILE, make_report, model_card
 from vllm_gqsa.offline.errors import InputError
 from vllm_gqsa.offline.families import Family, family_of
@@ -100,8 +100,9 @@ def check_layers(model: DenseModel, family: Family, recipe: Recipe) -> dict[str,
     """Shapes ``(out_features, in_features)`` of all linears to compress, the head last, if the recipe fits them.
 
     Raises:
-        InputError: a linear is missing from the files, or the group size or pattern does not fit its shape; or the
-            head cannot be compressed, see :func:`vllm_gqsa.offline.head.find_head`.
+        InputError: a linear is missing from the files, an entry of ``ignore`` matches none, or the group size or
+            pattern does not fit its shape; or the head cannot be compressed, see
+            :func:`vllm_gqsa.offline.head.find_head`.
     """
     skeleton = meta_model(model.config)
     head = find_head(model, family, recipe)
@@ -111,12 +112,15 @@ def check_layers(model: DenseModel, family: Family, recipe: Recipe) -> dict[str,
         for group in family.linear_names(index, recipe.ignore)
         for name in group
     ]
+    _check_ignore(family, recipe, len(skeleton.get_submodule(family.blocks)))
     shapes: dict[str, tuple[int, int]] = {}
     for name in names if head is None else [*names, head]:
         rows, columns = skeleton.get_submodule(name).weight.shape
         pattern, instead = (recipe.pattern, "--ignore it") if name != head else ("row", "leave out --lm-head")
         if f"{name}.weight" not in model:
             raise InputError(f"{model.folder}: {name}.weight is missing")
+        if not rows * columns:
+            raise InputError(f"{name}: config.json gives it the shape {rows} x {columns}")
         if columns % recipe.group_size:
             raise InputError(
                 f"{name}: group_size {recipe.group_size} does not divide its {columns} input features; "
@@ -132,6 +136,13 @@ def check_layers(model: DenseModel, family: Family, recipe: Recipe) -> dict[str,
     if not shapes:
         raise InputError("every linear is ignored, nothing is left to compress")
     return shapes
+
+
+def _check_ignore(family: Family, recipe: Recipe, blocks: int) -> None:
+    linears = [name for index in range(blocks) for group in family.linear_names(index) for name in group]
+    for entry in recipe.ignore:
+        if not any(is_ignored(name, (entry,)) for name in (*linears, HEAD)):
+            raise InputError(f"--ignore {entry}: matches no linear of the model; their names are like {linears[0]}")
 
 
 def compress(job: Job, progress: Progress) -> dict[str, Any]:

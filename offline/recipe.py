@@ -132,11 +132,11 @@ class Recipe(BaseModel):
     """Whether later weights take up the error of earlier ones (GPTQ / SparseGPT order), or are rounded as they are."""
     damping: float = Field(default=0.01, gt=0)
     """Share of the Hessian's mean diagonal that is added to its diagonal."""
-    samples: int = Field(default=128, ge=1)
+    samples: int = Field(default=128, ge=1, lt=2**31)
     """Calibration windows."""
-    context: int = Field(default=512, ge=2)
+    context: int = Field(default=512, ge=2, lt=2**31)
     """Tokens a window."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=-(2**63), lt=2**63)
     """Chooses the calibration windows."""
     ignore: Annotated[tuple[str, ...], Field()] = ()
     """Linears left dense: names, or ``re:`` and a regular expression. The head is, unless ``lm_head`` is set."""

@@ -6,14 +6,18 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoTokenizer
 
-from vllm_gqsa.format import FormatError, TensorFiles, check_layers, read_json
+from vllm_gqsa.format import FormatError, TensorFiles, check_layer_count, read_json
 from vllm_gqsa.offline.errors import InputError
 
 __all__ = ["DenseModel", "load_config", "load_tokenizer", "model_folder"]
 
 
-def model_folder(name: str) -> Path:
+def model_folder(name: str, *, weights: bool = True) -> Path:
     """The folder of a model: a local one as it is, a hub name downloaded (safetensors and tokenizer only).
+
+    Args:
+        name: folder or hub name.
+        weights: download the safetensors files too.
 
     Raises:
         InputError: neither a folder with a config.json nor a hub model that can be downloaded.
@@ -26,11 +30,55 @@ def model_folder(name: str) -> Path:
     from huggingface_hub import snapshot_download  # noqa: PLC0415 - only for hub names
     from huggingface_hub.errors import HFValidationError  # noqa: PLC0415
 
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    patterns = ["*.json", "*.model", "*.txt", "*.jinja"] + ["*.safetensors"] * weights
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except (OSError, ValueError, HFValidationError) as error:
         raise InputError(f"{name}: is neither a folder nor a hub model that can be downloaded: {error}") from error
+
+
+class HubHeaders:
+    """The headers of a hub model's safetensors files, as far as :class:`DenseModel` asks for them."""
+
+    def __init__(self, name: str) -> None:
+        """Fetch them: some kilobytes a file.
+
+        Raises:
+            InputError: the hub does not answer, or has no safetensors of that name.
+        """
+        import huggingface_hub  # noqa: PLC0415 - only for hub names
+
+        try:
+            found = huggingface_hub.get_safetensors_metadata(name)
+        except Exception as error:  # of several libraries: network, HTTP, the hub's own
+            raise InputError(f"{name}: its safetensors headers cannot be read from the hub: {error}") from error
+        self.folder = Path(name)
+        self.file_of = {tensor: self.folder / file for tensor, file in found.weight_map.items()}
+        self._bytes = {
+            tensor: info.data_offsets[1] - info.data_offsets[0]
+            for file in found.files_metadata.values()
+            for tensor, info in file.tensors.items()
+        }
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.file_of
+
+    def nbytes(self, name: str) -> int:
+        """Bytes of a tensor."""
+        return self._bytes[name]
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(self._bytes.values())
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Not possible.
+
+        Raises:
+            InputError: always.
+        """
+        raise InputError(f"{self.folder}: {name} would have to be downloaded; download the model and give its folder")
 
 
 class DenseModel:
@@ -42,18 +90,23 @@ class DenseModel:
         config: the same as transformers understands it.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, weights: bool = True) -> None:
         """Open the model; no weights are read yet.
+
+        Args:
+            name: folder or hub name.
+            weights: of a hub model, download the weights too; else names and sizes alone are asked for.
 
         Raises:
             InputError: not a model folder, no safetensors, or quantised already.
             FormatError: config.json or a header is not what it should be.
         """
-        self.folder = model_folder(name)
+        self.folder = model_folder(name, weights=weights)
         self.raw_config = read_json(self.folder / "config.json")
         self.config: Any = load_config(self.folder)
+        self._files: TensorFiles | HubHeaders
         try:
-            self._files = TensorFiles(self.folder)
+            self._files = TensorFiles(self.folder) if weights or Path(name).is_dir() else HubHeaders(name)
         except FormatError as error:
             if any(self.folder.glob("*.bin")):
                 raise InputError(
@@ -61,7 +114,7 @@ class DenseModel:
                     "transformers and save_pretrained() it as safetensors"
                 ) from error
             raise InputError(str(error)) from error
-        check_layers(self.config, self._files)
+        check_layer_count(self.config, len(self._files.file_of), self.folder)
         if "quantization_config" in self.raw_config:
             config = self.raw_config["quantization_config"]
             method = config.get("quant_method") if isinstance(config, dict) else config
@@ -102,6 +155,8 @@ class DenseModel:
     @property
     def nbytes(self) -> int:
         """Size of the safetensors files."""
+        if isinstance(self._files, HubHeaders):
+            return self._files.total_bytes
         return sum(path.stat().st_size for path in self.files())
 
 

@@ -1,7 +1,9 @@
 """Text in, windows of tokens out: for calibration and for perplexity."""
 
 import gzip
+import io
 import json
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,32 +113,42 @@ def choose_windows(windows: torch.Tensor, samples: int, seed: int, name: str) ->
     return windows[torch.randperm(windows.shape[0], generator=generator)[:samples].sort().values]
 
 
-def _open(path: Path) -> IO[str]:
-    if path.suffix == ".gz":
-        return cast("IO[str]", gzip.open(path, "rt", encoding="utf-8"))
-    return path.open(encoding="utf-8")
+_UNREADABLE = (UnicodeDecodeError, OSError, EOFError, zlib.error)
+"""What reading a text file raises that is not UTF-8, or not what its .gz says."""
+
+
+def _open(path: Path) -> IO[bytes]:
+    return cast("IO[bytes]", gzip.open(path)) if path.suffix == ".gz" else path.open("rb")
 
 
 def _plain(path: Path, _column: str) -> Iterator[str]:
-    with _open(path) as file:
-        try:
-            yield file.read()
-        except (UnicodeDecodeError, OSError, EOFError) as error:
-            raise InputError(f"{path}: is not UTF-8 text: {error}") from error
+    try:
+        with _open(path) as file:
+            yield io.TextIOWrapper(file, encoding="utf-8").read()
+    except _UNREADABLE as error:
+        raise InputError(f"{path}: is not UTF-8 text: {error}") from error
 
 
 def _json_lines(path: Path, column: str) -> Iterator[str]:
-    with _open(path) as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                text = json.loads(line)[column]
-            except (ValueError, KeyError, TypeError) as error:
-                raise InputError(
-                    f"{path}: line {number} is not a JSON object with a key {column!r}: {error}"
-                ) from error
-            yield _as_text(text, f"{path}: line {number}")
+    for number, line in _numbered_lines(path):
+        try:
+            text = json.loads(line)[column]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise InputError(f"{path}: line {number} is not a JSON object with a key {column!r}: {error}") from error
+        yield _as_text(text, f"{path}: line {number}")
+
+
+def _numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The lines that are not empty; decoded one by one, so that the number of a bad one is right."""
+    number = 0
+    try:
+        with _open(path) as file:
+            for line in file:
+                number += 1
+                if line.strip():
+                    yield number, line.decode("utf-8")
+    except _UNREADABLE as error:
+        raise InputError(f"{path}: is not UTF-8 text at line {number}: {error}") from error
 
 
 def _parquet(path: Path, column: str) -> Iterator[str]:

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from vllm_gqsa.experts import name_in_model, weight_in_model
-from vllm_gqsa.format import CheckpointReader, FormatError, check_dense
+from vllm_gqsa.format import HEAD, CheckpointReader, FormatError, check_dense, is_ignored
 from vllm_gqsa.offline.errors import InputError
 from vllm_gqsa.offline.inspect import module_shapes
 from vllm_gqsa.offline.source import DenseModel, load_config, load_tokenizer, model_folder
@@ -33,6 +33,10 @@ def verify_checkpoint(folder: Path, progress: Callable[[int, int], None]) -> int
     shapes = module_shapes(reader)
     skeleton = meta_model(load_config(folder))
     check_dense(reader.config, skeleton, reader.files)
+    for name, module in skeleton.named_modules():
+        is_known = name in reader.config.modules or is_ignored(name, reader.config.ignore)
+        if isinstance(module, torch.nn.Linear) and not is_known and name.rpartition(".")[2] != HEAD:
+            raise FormatError(f"{folder}/config.json: neither lists {name} in modules nor ignores it")
     for name in skeleton.state_dict():
         if name not in reader.files:
             continue  # compressed, or tied to another

@@ -14,7 +14,7 @@ from vllm_gqsa.format import (
     GqsaConfig,
     GroupSparseMatrix,
     ModuleEntry,
-    check_layers,
+    check_layer_count,
     is_ignored,
 )
 
@@ -198,4 +198,4 @@ def test_more_layers_than_tensors(checkpoint):
         num_hidden_layers = 2**31
 
     with pytest.raises(FormatError, match="num_hidden_layers is 2147483648, but there are only 13 tensors"):
-        check_layers(Config(), CheckpointReader(checkpoint).files)
+        check_layer_count(Config(), 13, checkpoint)
