@@ -28,6 +28,7 @@ from vllm_gqsa.format import (
     missing_dense,
 )
 from vllm_gqsa.kernels import linear
+from vllm_gqsa.kernels.choice import check_environment
 from vllm_gqsa.kernels.embedding import embedding
 
 __all__ = ["GqsaEmbedding", "GqsaHfConfig", "GqsaLinear", "GqsaQuantizer", "GqsaTiedHead"]
@@ -169,6 +170,7 @@ class GqsaQuantizer(HfQuantizer):
             FormatError: a file is truncated, tensors are missing or not listed, or a listed module is not there.
         """
         config = self.quantization_config.config
+        check_environment()
         if not checkpoint_files or not str(checkpoint_files[0]).endswith(".safetensors"):
             raise FormatError("a GQSA checkpoint is made of safetensors files, and none were found")
         files = CheckpointReader(Path(checkpoint_files[0]).parent, config).files

@@ -19,7 +19,7 @@ __all__ = [
     "CheckpointReader",
     "TensorFiles",
     "check_dense",
-    "check_layers",
+    "check_layer_count",
     "check_tensor_names",
     "missing_dense",
     "read_config",
@@ -188,18 +188,20 @@ def missing_dense(config: GqsaConfig, model: torch.nn.Module, names: Iterable[st
     return [name for name in needed if name not in present]
 
 
-def check_layers(config: Any, files: TensorFiles) -> None:  # noqa: ANN401 - a transformers configuration
+def check_layer_count(config: Any, tensors: int, folder: Path) -> None:  # noqa: ANN401 - a transformers configuration
     """Check that config.json asks for no more layers than there are tensors, before a model is built of it.
+
+    Args:
+        config: config.json as transformers understands it.
+        tensors: how many the safetensors files hold.
+        folder: of the model, put in front of the message.
 
     Raises:
         FormatError: it does; building them would take for ever.
     """
     layers = getattr(config, "num_hidden_layers", None)
-    if isinstance(layers, int) and layers > len(files.file_of):
-        count = len(files.file_of)
-        raise FormatError(
-            f"{files.folder}/config.json: num_hidden_layers is {layers}, but there are only {count} tensors"
-        )
+    if isinstance(layers, int) and layers > tensors:
+        raise FormatError(f"{folder}/config.json: num_hidden_layers is {layers}, but there are only {tensors} tensors")
 
 
 def check_dense(config: GqsaConfig, model: torch.nn.Module, files: TensorFiles) -> None:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from vllm_gqsa.format import TENSORS, GroupSparseMatrix
 from vllm_gqsa.kernels import native
 
-__all__ = ["PackedMatrix", "choose_kernel", "kernels", "linear_cpu", "partition"]
+__all__ = ["PackedMatrix", "check_activations", "choose_kernel", "kernels", "linear_cpu", "partition"]
 
 _logger = logging.getLogger(__name__)
 
@@ -81,6 +81,16 @@ def kernels() -> dict[str, int]:
     return found
 
 
+def check_activations(activations: str) -> None:
+    """Check the environment variable ``GQSA_CPU_ACT``.
+
+    Raises:
+        ValueError: it is neither empty nor "int8".
+    """
+    if activations not in ("", "int8"):
+        raise ValueError(f"GQSA_CPU_ACT={activations}: is not known; set it to int8 or leave it out")
+
+
 @functools.cache
 def choose_kernel(dtype: torch.dtype, group_size: int, activations: str = "") -> str:
     """The fastest kernel for activations of ``dtype``.
@@ -93,8 +103,7 @@ def choose_kernel(dtype: torch.dtype, group_size: int, activations: str = "") ->
     Raises:
         ValueError: ``activations`` is neither empty nor "int8".
     """
-    if activations not in ("", "int8"):
-        raise ValueError(f"GQSA_CPU_ACT={activations}: is not known; set it to int8 or leave it out")
+    check_activations(activations)
     names = kernels()
     if activations == "int8":
         if "avx512_vnni" in names and group_size >= 16:

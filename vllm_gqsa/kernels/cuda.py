@@ -18,7 +18,7 @@ from vllm_gqsa.format import GroupSparseMatrix
 from vllm_gqsa.kernels.native import open_library
 from vllm_gqsa.kernels.slab import MAX_GROUPS, MAX_ROWS, SlabMatrix
 
-__all__ = ["Device", "choose_kernel", "device_of", "linear_cuda", "look_up", "usable"]
+__all__ = ["Device", "available", "choose_kernel", "device_of", "linear_cuda", "look_up", "usable"]
 
 _logger = logging.getLogger(__name__)
 
@@ -100,10 +100,15 @@ def _current(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
+def available() -> bool:
+    """Whether the kernels were built."""
+    return _LIBRARY.exists()
+
+
 @functools.cache
 def device_of(device: torch.device) -> Device | None:
     """What the library says of a device; None, said once and with the reason, where it cannot run there."""
-    if not _LIBRARY.exists():
+    if not available():
         reason = "it was installed without its CUDA kernels, because no nvcc was found then"
     else:
         numbers = [ctypes.c_int32() for _ in range(3)]

@@ -15,10 +15,11 @@ from vllm_gqsa.format import (
     FormatError,
     GqsaConfig,
     check_dense,
-    check_layers,
+    check_layer_count,
     few,
     is_ignored,
 )
+from vllm_gqsa.plugin.report import LoadReport
 from vllm_gqsa.plugin.shards import Sources
 
 __all__ = ["GqsaQuantizationConfig"]
@@ -44,6 +45,7 @@ class GqsaQuantizationConfig(QuantizationConfig):
         """Compressed vocabularies that the model under construction asked a method for."""
         self._methods: list[Any] = []
         """The methods that were handed out."""
+        self._report = LoadReport()
 
     def __repr__(self) -> str:
         if self.config is None:
@@ -77,10 +79,13 @@ class GqsaQuantizationConfig(QuantizationConfig):
 
         Raises:
             FormatError: one sentence with the key at fault.
+            ValueError: an environment variable has a value that no kernel knows.
         """
         # Here and not when the first layer is built: a broken installation shows before a worker starts.
         import vllm_gqsa.plugin.linear  # noqa: F401, PLC0415
+        from vllm_gqsa.kernels.choice import check_environment  # noqa: PLC0415
 
+        check_environment()
         return cls(GqsaConfig.parse(config, "config.json"))
 
     def maybe_update_config(
@@ -165,7 +170,7 @@ class GqsaQuantizationConfig(QuantizationConfig):
             return None
         names = self._unfused(prefix)
         if self._is_compressed(prefix, names, self.config):
-            return GqsaLinearMethod(self.config, Sources.of(prefix, names, self.config))
+            return GqsaLinearMethod(self.config, Sources.of(prefix, names, self.config), self._report)
         return UnquantizedLinearMethod()
 
     def get_cache_scale_mapper(self) -> Any:  # noqa: ANN401 - vLLM's WeightsMapper
@@ -204,7 +209,7 @@ class GqsaQuantizationConfig(QuantizationConfig):
                 raise ValueError(f"{each}: config.json ignores it, and lists {name}, its own matrix, as compressed")
         _check_lora(name)
         self._asked.add(name)
-        return GqsaVocabularyMethod(config, Sources.of(prefix or name, [name], config))
+        return GqsaVocabularyMethod(config, Sources.of(prefix or name, [name], config), self._report)
 
     def _experts_method(
         self,
@@ -217,7 +222,9 @@ class GqsaQuantizationConfig(QuantizationConfig):
 
         names = expert_names(prefix, layer.moe_config.num_experts, config)
         flat = [name for expert in names for name in expert.values()]
-        return GqsaMoEMethod(layer.moe_config, config, names) if self._is_compressed(prefix, flat, config) else None
+        if not self._is_compressed(prefix, flat, config):
+            return None
+        return GqsaMoEMethod(layer.moe_config, config, names, self._report)
 
     # -- names ---------------------------------------------------------------------------------------------
 
@@ -280,7 +287,7 @@ def _check_model(reader: CheckpointReader, config: Any) -> None:  # noqa: ANN401
 
     if type(config) not in AutoModelForCausalLM._model_mapping:
         return  # a kind of model whose names transformers does not tell
-    check_layers(config, reader.files)
+    check_layer_count(config, len(reader.files.file_of), reader.folder)
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)

@@ -17,6 +17,7 @@ import vllm_gqsa.kernels.embedding
 import vllm_gqsa.kernels.ops  # noqa: F401 - registers gqsa::linear
 from vllm_gqsa.format import GqsaConfig
 from vllm_gqsa.plugin.matrix import LayerMatrix, process
+from vllm_gqsa.plugin.report import LoadReport
 from vllm_gqsa.plugin.shards import Shard, ShardId, ShardPlan, Sources, check_columns
 
 __all__ = ["GqsaLinearMethod", "GqsaVocabularyMethod", "plan_shards"]
@@ -25,14 +26,16 @@ __all__ = ["GqsaLinearMethod", "GqsaVocabularyMethod", "plan_shards"]
 class GqsaLinearMethod(LinearMethodBase):
     """One object per layer; what has been loaded lies in its staging area until the layer is complete."""
 
-    def __init__(self, config: GqsaConfig, sources: Sources) -> None:
+    def __init__(self, config: GqsaConfig, sources: Sources, report: LoadReport | None = None) -> None:
         """Remember what to load.
 
         Args:
             config: the checkpoint's configuration.
             sources: the matrices on disk that the layer is made of.
+            report: is told what was loaded.
         """
         self.config = config
+        self._report = report or LoadReport()
         self.sources = sources
         self.group_size = config.group_size
         self.in_features = 0
@@ -57,7 +60,7 @@ class GqsaLinearMethod(LinearMethodBase):
             ValueError: vLLM was told to read pickles.
         """
         plan = plan_shards(layer, self.sources, input_size_per_partition, output_partition_sizes, self.group_size)
-        self._matrix = LayerMatrix(layer, plan, self._sparsity(plan))
+        self._matrix = LayerMatrix(layer, plan, self._sparsity(plan), self._report)
         self._params_dtype = params_dtype
         self.in_features = plan.columns
 

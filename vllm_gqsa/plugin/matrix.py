@@ -8,6 +8,7 @@ from vllm.config import get_current_vllm_config
 from vllm_gqsa import kernels
 from vllm_gqsa.format import TENSORS, FormatError, GroupSparseMatrix
 from vllm_gqsa.plugin.loading import Placeholder, Staging, load_piece
+from vllm_gqsa.plugin.report import LoadReport
 from vllm_gqsa.plugin.shards import ShardPlan
 
 __all__ = ["LayerMatrix", "process"]
@@ -24,6 +25,7 @@ class LayerMatrix:
         layer: torch.nn.Module,
         plan: ShardPlan,
         sparsity: float,
+        report: LoadReport,
         prefix: str = "",
         loader: Callable[..., object] = load_piece,
         prepare: Callable[[GroupSparseMatrix, torch.device], kernels.Matrix] = kernels.prepare,
@@ -34,6 +36,7 @@ class LayerMatrix:
             layer: gets the parameters.
             plan: what this rank keeps of which matrices on disk.
             sparsity: of the matrix that ``--load-format dummy`` makes.
+            report: is told what was loaded.
             prefix: in front of the names of the four parameters, where a layer has several matrices.
             loader: what vLLM calls with each tensor of the checkpoint.
             prepare: lays the matrix out for its kernel, on a device.
@@ -47,6 +50,9 @@ class LayerMatrix:
         self.plan = plan
         self.staging = Staging(plan)
         self._sparsity = sparsity
+        self._report = report
+        self._dtype = torch.get_default_dtype()  # the model's, while vLLM builds it
+        report.expect(plan.sources.names)
         self._prepare = prepare
         self._prefix = prefix
         self._dummy = load_format == "dummy"
@@ -73,10 +79,12 @@ class LayerMatrix:
         if self.staging.empty and not self._waits(layer):
             return None
         try:
-            prepared = self._prepare(self._staged(), self._device(layer))
+            matrix = self._staged()
+            prepared = self._prepare(matrix, self._device(layer))
         finally:
             self.staging.clear()
         self._check_shapes(prepared)
+        self._report.take(self.plan, matrix)
         return prepared
 
     def install(self, layer: torch.nn.Module, prepared: kernels.Matrix) -> None:
@@ -89,6 +97,7 @@ class LayerMatrix:
         self._layout = kernels.layout_of(prepared)
         self._shapes = {name: tensor.shape for name, tensor in prepared.tensors().items()}
         self.staging.loaded = True
+        self._report.done(self.plan, self._device(layer).type, self._dtype)
 
     def to_dense(self, layer: torch.nn.Module, dtype: torch.dtype) -> torch.Tensor:
         """The dense weight ``[N, K]`` of this rank, also between loading and processing.

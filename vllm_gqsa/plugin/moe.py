@@ -12,6 +12,7 @@ from vllm_gqsa.format import GqsaConfig, is_ignored
 from vllm_gqsa.kernels.moe import ACTIVATIONS, prepare
 from vllm_gqsa.plugin.loading import load_expert_piece
 from vllm_gqsa.plugin.matrix import LayerMatrix, process
+from vllm_gqsa.plugin.report import LoadReport
 from vllm_gqsa.plugin.shards import Shard, ShardPlan, Sources, check_columns, expert_shard
 
 __all__ = ["GqsaMoEMethod", "expert_names"]
@@ -45,16 +46,24 @@ def expert_names(prefix: str, experts: int, config: GqsaConfig) -> list[dict[str
 class GqsaMoEMethod(FusedMoEMethodBase):
     """One object per layer."""
 
-    def __init__(self, moe: Any, config: GqsaConfig, names: list[dict[str, str]]) -> None:  # noqa: ANN401
+    def __init__(
+        self,
+        moe: Any,  # noqa: ANN401 - vLLM's FusedMoEConfig
+        config: GqsaConfig,
+        names: list[dict[str, str]],
+        report: LoadReport | None = None,
+    ) -> None:
         """Remember what to load.
 
         Args:
             moe: vLLM's FusedMoEConfig.
             config: the checkpoint's configuration.
             names: see :func:`expert_names`.
+            report: is told what was loaded.
         """
         super().__init__(moe)
         self.config = config
+        self._report = report or LoadReport()
         self._names = names
         self._matrices: list[LayerMatrix] = []
         self._activation = ""
@@ -94,7 +103,7 @@ class GqsaMoEMethod(FusedMoEMethodBase):
         columns = (width * size, rank * width, (rank + 1) * width)
         down = self._plan(name, mine, {"w2": Shard(hidden_size, 0, hidden_size)}, columns)
         self._matrices = [
-            LayerMatrix(layer, plan, self.config.sparsity, prefix, load_expert_piece, prepare)
+            LayerMatrix(layer, plan, self.config.sparsity, self._report, prefix, load_expert_piece, prepare)
             for plan, prefix in ((gate_up, "w13_"), (down, "w2_"))
         ]
 
