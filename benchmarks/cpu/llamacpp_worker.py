@@ -63,7 +63,7 @@ class Decoder:
         self._context = context
         self._vocabulary = vocabulary
         self._batch = library.llama_batch_init(_LARGEST_BATCH * PROMPT, 0, 1)
-        self._draw = random.Random(0)  # noqa: S311 - tokens of a prompt
+        self._draw = random.Random(0)
 
     def measure(self, sequences: int, tokens: int) -> dict[str, Any]:
         """Read a prompt for each sequence, then go on a token each at a time; seconds of both."""

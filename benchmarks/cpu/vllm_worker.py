@@ -101,7 +101,7 @@ def prepare(settings: dict[str, Any]) -> tuple[dict[str, Any], Callable[[dict[st
     )
     if settings["dummy"]:
         llm.apply_model(_fill_codes)
-    draw = random.Random(0)  # noqa: S311 - tokens of a prompt
+    draw = random.Random(0)
 
     def answer(question: dict[str, Any]) -> dict[str, Any]:
         batch, tokens = question["batch"], question["tokens"]

@@ -146,6 +146,21 @@ class Server:
         except (urllib.error.URLError, OSError):
             return False
 
+    @property
+    def group(self) -> int:
+        """Process id of the running server, and of the process group that its workers are in.
+
+        Raises:
+            DemoError: it does not run.
+        """
+        if self._process is None:
+            raise DemoError("the server does not run")
+        return self._process.pid
+
+    def poll(self) -> int | None:
+        """Exit status of the server, None while it runs."""
+        return None if self._process is None else self._process.poll()
+
     def stop(self, patience: float = 20) -> None:
         """End the server and its workers: asked first, then killed. Does nothing where none runs."""
         process, self._process = self._process, None

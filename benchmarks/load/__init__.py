@@ -1,0 +1,1 @@
+"""`make load`: a server under load and abuse."""
