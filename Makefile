@@ -35,6 +35,14 @@ matrix: ## Run the plugin's tests beside other versions of vLLM (MATRIX="0.29.0 
 fuzz: setup ## Spoil thousands of checkpoints and load them: SEED=0 CASES=5000
 	$(BIN)/python -m tests.fuzz $(if $(SEED),--seed $(SEED)) $(if $(CASES),--cases $(CASES))
 
+load: setup ## Serve SmolLM2 to 32 clients at once, some of which misbehave (about 10 minutes)
+	$(BIN)/python -m benchmarks.load
+
+dist: setup ## Build the wheel and the source distribution, and install both into fresh environments
+	@rm -rf dist
+	$(BIN)/python -m build --no-isolation --outdir dist
+	GQSA_DIST=dist $(BIN)/python -m pytest -m slow tests/test_dist.py
+
 lint: setup ## Check style and formatting with ruff
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
