@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from benchmarks.load.__main__ import is_calm
 from benchmarks.load.clients import make_requests
 from benchmarks.load.watch import MemoryWatch, growth, members
 
@@ -43,3 +44,10 @@ def test_memory_of_a_group_and_its_members():
     assert 80e6 < memory.samples[0] < 300e6
     child.communicate()
     assert members(child.pid) == []
+
+
+def test_tracebacks_count_until_the_server_is_stopped():
+    stop = "INFO [shutdown] EngineCore: trigger received signal=SIGTERM\n"
+    assert is_calm(f"ready\n{stop}Traceback (most recent call last):")
+    assert not is_calm(f"Traceback (most recent call last):\n{stop}")
+    assert not is_calm("it was never stopped")
