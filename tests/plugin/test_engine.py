@@ -32,7 +32,7 @@ ENVIRONMENT = {
 }
 
 
-def engines(folder, jobs, *, own_process=False, timeout=240, **environment):
+def engines(folder, jobs, *, own_process=False, timeout=600, **environment):
     """Run jobs one after another in one process; see engine.py."""
     folder.mkdir(exist_ok=True)
     (folder / "jobs.json").write_text(json.dumps(jobs))
