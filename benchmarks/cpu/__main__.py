@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cpu import engines, kernels, llamacpp, machine, models
-from benchmarks.cpu.errors import BenchmarkError
-from benchmarks.cpu.protocol import Worker
 from benchmarks.cpu.report import markdown
+from benchmarks.dummy import write_dummy
+from benchmarks.errors import BenchmarkError
+from benchmarks.machine import processor, slug, versions
+from benchmarks.protocol import Worker
 
 PARTS = ("kernels", "engines", "llamacpp")
 # Room for one request of one small model; nothing here is to be trusted as a measurement.
@@ -47,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     for name in machine.INT8:
         os.environ.pop(name, None)  # set where 8-bit activations have their turn, and nowhere else
-    path = options.results / f"cpu-{machine.slug(machine.processor())}.json"
+    path = options.results / f"cpu-{slug(processor())}.json"
     try:
         if options.part != "report":
             run(PARTS if options.part == "all" else (options.part,), options, path)
@@ -98,7 +100,7 @@ def run(parts: tuple[str, ...], options: argparse.Namespace, path: Path) -> None
         found["engines"]["effort"] = dataclasses.asdict(effort)
     for part in ("kernels", "engines"):
         if part in found:
-            found[part]["versions"] = machine.versions()
+            found[part]["versions"] = versions()
     write(path, {part: {"date": date, "load_before": load, **found[part]} for part in PARTS if part in found})
     say(f"measured in {time.monotonic() - start:.0f} s: {path}")
 
@@ -115,7 +117,7 @@ def prepare(
     sources: dict[str, dict[str, Any]] = {}
     llama = None
     if "engines" in parts:
-        sources["1B shape"] = {"vllm": models.write_dummy(folder / f"dummy-{config['num_hidden_layers']}", config)}
+        sources["1B shape"] = {"vllm": write_dummy(folder / f"dummy-{config['num_hidden_layers']}", config)}
         sources["SmolLM2-135M"] = {"vllm": models.write_smollm2(folder / "smollm2", say)}
     if "llamacpp" in parts:
         try:
@@ -164,7 +166,7 @@ def run_engines(
     """Parts 2 and 3: one race a model."""
     rows = []
     for model, source in sources.items():
-        logs = folder / "logs" / machine.slug(model)
+        logs = folder / "logs" / slug(model)
         with contextlib.ExitStack() as stack:
             entrants = []
             if "vllm" in source:

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from benchmarks.cpu.errors import BenchmarkError
-from benchmarks.cpu.int4 import Int4Linear, dequantize
+from benchmarks.cpu.int4 import Int4Linear
 from benchmarks.cpu.machine import INT8
 from benchmarks.cpu.timing import Contestant, environment
+from benchmarks.errors import BenchmarkError
+from benchmarks.gptq import dequantize
 from vllm_gqsa.format import GroupSparseMatrix
 from vllm_gqsa.kernels import linear, prepare
 

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cpu import llamacpp
-from benchmarks.cpu.errors import BenchmarkError
 from benchmarks.cpu.machine import INT8, core, one_thread
-from benchmarks.cpu.models import bits_per_weight, vocabulary
-from benchmarks.cpu.protocol import Worker
+from benchmarks.dummy import bits_per_weight, vocabulary
+from benchmarks.errors import BenchmarkError
+from benchmarks.protocol import Worker
 
 __all__ = ["BATCHES", "Effort", "Entrant", "llamacpp_entrants", "race", "vllm_entrants"]
 

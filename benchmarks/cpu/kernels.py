@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.cpu.timing import Times, race, ratio
+from benchmarks.cpu.timing import race, ratio
+from benchmarks.times import Times
 
 __all__ = ["CASES", "QUICK_CASES", "Case", "prepare"]
 
@@ -71,7 +72,7 @@ QUICK_CASES = (Case(*_LAYERS[1]), Case(*_LAYERS[1], m=4, dtype="float32"))
 
 
 def prepare(settings: dict[str, Any]) -> tuple[dict[str, Any], Callable[[dict[str, Any]], dict[str, Any]]]:
-    """Find the fastest way to read memory; see :func:`benchmarks.cpu.protocol.serve`.
+    """Find the fastest way to read memory; see :func:`benchmarks.protocol.serve`.
 
     Args:
         settings: ``cache_bytes``, and ``seconds`` for the rounds of one case.
@@ -130,6 +131,6 @@ def _row(times: dict[str, Times]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    from benchmarks.cpu.protocol import serve
+    from benchmarks.protocol import serve
 
     serve(prepare)

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cpu.errors import BenchmarkError
 from benchmarks.cpu.machine import core, one_thread
-from benchmarks.cpu.protocol import Worker
 from benchmarks.demo.errors import DemoError
 from benchmarks.demo.model import find_gguf
+from benchmarks.errors import BenchmarkError
+from benchmarks.protocol import Worker
 
 __all__ = ["FORMATS", "LLAMA_CPP_PYTHON", "dummy_files", "install", "smollm2_files"]
 

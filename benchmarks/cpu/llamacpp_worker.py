@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.cpu.protocol import serve
+from benchmarks.protocol import serve
 
 __all__ = ["prepare"]
 
@@ -16,7 +16,7 @@ _CONTEXT = 4 * PROMPT
 
 
 def prepare(settings: dict[str, Any]) -> tuple[dict[str, Any], Callable[[dict[str, Any]], dict[str, Any]]]:
-    """Load the model, or quantise a file; see :func:`benchmarks.cpu.protocol.serve`.
+    """Load the model, or quantise a file; see :func:`benchmarks.protocol.serve`.
 
     Args:
         settings: ``file``; or ``file``, ``target`` and ``ftype`` (a number of llama.cpp) to quantise.

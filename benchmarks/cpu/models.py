@@ -9,25 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cpu.errors import BenchmarkError
 from benchmarks.demo.errors import DemoError
 from benchmarks.demo.model import find_gguf, write_dense_model, write_texts
+from benchmarks.dummy import GROUP_SIZE, LINEARS, SPARSITY, gptq_config
+from benchmarks.errors import BenchmarkError
 
-__all__ = ["FORMS", "LINEARS", "ONE_B", "bits_per_weight", "vocabulary", "write_dummy", "write_smollm2"]
+__all__ = ["FORMS", "ONE_B", "write_smollm2"]
 
 FORMS = ("dense", "int4", "gqsa", "gqsa_head")
-SPARSITY = 0.5
-GROUP_SIZE = 16
-LINEARS = (
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.o_proj",
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "mlp.down_proj",
-)
-EMBEDDING = "model.embed_tokens"
 ONE_B: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -51,70 +40,6 @@ ONE_B: dict[str, Any] = {
 # Seconds that nobody waits for in vain: speed does not depend on how well the groups were chosen.
 _SAMPLES = 4
 _CONTEXT = 256
-
-
-def gptq_config(group_size: int) -> dict[str, Any]:
-    """``quantization_config`` of a symmetric GPTQ checkpoint; vLLM would look for the linears in the weights."""
-    return {
-        "quant_method": "gptq",
-        "bits": 4,
-        "group_size": group_size,
-        "desc_act": False,
-        "sym": True,
-        "lm_head": False,
-        "modules_in_block_to_quantize": list(LINEARS),
-    }
-
-
-def linear_sizes(config: dict[str, Any]) -> tuple[tuple[int, int], ...]:
-    """Outputs and inputs of :data:`LINEARS` in a Llama."""
-    heads, kv_heads, head = (config[key] for key in ("num_attention_heads", "num_key_value_heads", "head_dim"))
-    hidden, inner = config["hidden_size"], config["intermediate_size"]
-    attention = ((heads * head, hidden), (kv_heads * head, hidden), (kv_heads * head, hidden), (hidden, heads * head))
-    return (*attention, (inner, hidden), (inner, hidden), (hidden, inner))
-
-
-def gqsa_config(config: dict[str, Any], *, head: bool) -> dict[str, Any]:
-    """``quantization_config`` of a GQSA checkpoint of a Llama with tied embeddings.
-
-    Args:
-        config: of the dense model.
-        head: whether the output layer is compressed too, nothing pruned.
-    """
-    modules = {
-        f"model.layers.{i}.{name}": {"nnz": rows * round(columns // GROUP_SIZE * (1 - SPARSITY))}
-        for i in range(config["num_hidden_layers"])
-        for name, (rows, columns) in zip(LINEARS, linear_sizes(config), strict=True)
-    }
-    if head:
-        modules[EMBEDDING] = {"nnz": config["vocab_size"] * config["hidden_size"] // GROUP_SIZE}
-    return {
-        "quant_method": "gqsa",
-        "format_version": 1,
-        "bits": 4,
-        "group_size": GROUP_SIZE,
-        "sparsity": SPARSITY,
-        "pattern": "row",
-        "ignore": [] if head else ["lm_head"],
-        "modules": modules,
-    }
-
-
-def write_dummy(folder: Path, config: dict[str, Any]) -> dict[str, Path]:
-    """Folders with nothing but a config.json, for ``load_format="dummy"``; returns them by form."""
-    quantization = {
-        "dense": None,
-        "int4": gptq_config(128),
-        "gqsa": gqsa_config(config, head=False),
-        "gqsa_head": gqsa_config(config, head=True),
-    }
-    folders = {}
-    for form, each in quantization.items():
-        folders[form] = folder / form
-        folders[form].mkdir(parents=True, exist_ok=True)
-        whole = config if each is None else {**config, "quantization_config": each}
-        (folders[form] / "config.json").write_text(json.dumps(whole, indent=1), encoding="utf-8")
-    return folders
 
 
 def write_smollm2(folder: Path, say: Callable[[str], None]) -> dict[str, Path]:
@@ -155,7 +80,7 @@ def write_gptq(dense: Path, folder: Path, group_size: int) -> None:
     import torch  # noqa: PLC0415 - slow to import, and not needed where the folder is there
     from safetensors.torch import load_file, save_file  # noqa: PLC0415
 
-    from benchmarks.cpu.int4 import gptq_tensors, round_to_nearest  # noqa: PLC0415
+    from benchmarks.gptq import gptq_tensors, round_to_nearest  # noqa: PLC0415
 
     tensors: dict[str, torch.Tensor] = {}
     for name, tensor in load_file(dense / "model.safetensors").items():
@@ -187,31 +112,3 @@ def _compress(dense: Path, folder: Path, calibration: Path, log: Path, *options:
         status = subprocess.call(command, stdout=output, stderr=subprocess.STDOUT)
     if status != 0:
         raise BenchmarkError(f"gqsa compress failed with status {status}; see {log}")
-
-
-def vocabulary(folder: Path) -> int:
-    """How many tokens the model in a folder knows."""
-    size: int = json.loads((folder / "config.json").read_text(encoding="utf-8"))["vocab_size"]
-    return size
-
-
-def bits_per_weight(folder: Path) -> float:
-    """Bits that a weight of the linear layers takes on the average, scales and everything counted.
-
-    Args:
-        folder: dense, or what :func:`gptq_config` or GQSA describe.
-    """
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    quantization = config.get("quantization_config")
-    if quantization is None:
-        return 16
-    size = quantization["group_size"]
-    if quantization["quant_method"] == "gptq":
-        return 4 + 16 / size
-    sizes = linear_sizes(config)
-    nnz = sum(each["nnz"] for name, each in quantization["modules"].items() if name != EMBEDDING)
-    layers = config["num_hidden_layers"]
-    rows = layers * sum(n for n, _ in sizes)
-    mask = layers * sum(n * -(-k // (8 * size)) for n, k in sizes)
-    weights = layers * sum(n * k for n, k in sizes)
-    return 8 * (nnz * (size / 2 + 2) + mask + 4 * (rows + layers * len(sizes))) / weights

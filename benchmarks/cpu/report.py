@@ -1,13 +1,14 @@
 """What was measured, as Markdown: targets first, then ratios, then the figures behind them."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
+
+from benchmarks.tables import NONE, number, table
 
 __all__ = ["DENSE", "GQSA", "INT4", "markdown", "ratio_to", "targets"]
 
 GQSA, INT4, DENSE = "GQSA S50", "vLLM INT4", "dense bf16"
 Row = dict[str, Any]
-_NONE = "–"
 
 
 def markdown(document: Row) -> str:
@@ -45,17 +46,6 @@ def _section(title: str, body: Sequence[str]) -> list[str]:
     return ["", f"## {title}", "", *body] if body else []
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> list[str]:
-    """A Markdown table, its first ``left`` columns set left, the others right."""
-    rule = [":--" if i < left else "--:" for i in range(len(header))]
-    return [f"| {' | '.join(cells)} |" for cells in (header, rule, *rows)]
-
-
-def number(value: float | None, digits: int = 2, unit: str = "") -> str:
-    """A figure, or a dash where there is none."""
-    return _NONE if value is None else f"{value:.{digits}f}{unit}"
-
-
 # -- targets -----------------------------------------------------------------------------------------------
 
 
@@ -83,7 +73,7 @@ def targets(document: Row) -> list[tuple[str, float, float | None]]:
 def _target_table(document: Row) -> list[str]:
     rows = []
     for what, least, value in targets(document):
-        verdict = _NONE if value is None else "yes" if value >= least else "no"
+        verdict = NONE if value is None else "yes" if value >= least else "no"
         rows.append((what, number(least), number(value), verdict))
     return table(("what", "target", "measured", "met"), rows)
 

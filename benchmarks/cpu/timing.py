@@ -8,7 +8,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-__all__ = ["Contestant", "Times", "environment", "race", "ratio"]
+from benchmarks.times import Times
+
+__all__ = ["Contestant", "environment", "race", "ratio"]
 
 BURST = 0.002
 """Seconds one contestant runs before the next has its turn: short against drift, long against a clock's tick."""
@@ -35,28 +37,6 @@ class Contestant:
     calls: Sequence[Callable[[], object]]
     bytes: int
     environment: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Times:
-    """Seconds a call, one figure a round; the rounds of contestants of one race belong together."""
-
-    rounds: tuple[float, ...]
-    bytes: int
-
-    @property
-    def median(self) -> float:
-        """Seconds a call."""
-        return statistics.median(self.rounds)
-
-    def quantile(self, share: float) -> float:
-        """Seconds a call that ``share`` of the rounds did not exceed."""
-        return sorted(self.rounds)[min(len(self.rounds) - 1, int(share * len(self.rounds)))]
-
-    @property
-    def gigabytes_per_second(self) -> float:
-        """Bytes read, by the median time."""
-        return self.bytes / self.median / 1e9
 
 
 def ratio(ours: Times, other: Times) -> float:

@@ -73,7 +73,7 @@ class Stopwatch:
 
 
 def prepare(settings: dict[str, Any]) -> tuple[dict[str, Any], Callable[[dict[str, Any]], dict[str, Any]]]:
-    """Load the model; see :func:`benchmarks.cpu.protocol.serve`.
+    """Load the model; see :func:`benchmarks.protocol.serve`.
 
     Args:
         settings: ``folder``, ``dummy`` (no weights there), ``vocabulary`` (its size), ``eager``.
@@ -142,6 +142,6 @@ def _fill_codes(model: Any) -> None:  # noqa: ANN401 - a torch module
 
 
 if __name__ == "__main__":
-    from benchmarks.cpu.protocol import serve
+    from benchmarks.protocol import serve
 
     serve(prepare)

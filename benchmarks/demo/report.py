@@ -1,7 +1,6 @@
 """The tables of the demo, and its last line for programs."""
 
 import os
-import platform
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,8 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.demo.ask import CHAT, COMPLETION, Answers
+from benchmarks.machine import processor
 
-__all__ = ["Facts", "folder_bytes", "headline", "machine", "processor", "show_answers", "show_figures"]
+__all__ = ["Facts", "folder_bytes", "headline", "machine", "show_answers", "show_figures"]
 
 
 @dataclass(frozen=True)
@@ -37,17 +37,6 @@ class Facts:
 def folder_bytes(folder: Path) -> int:
     """Bytes of a model's safetensors files."""
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-
-
-def processor() -> str:
-    """The processor's name."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def machine() -> str:

@@ -11,11 +11,15 @@ import types
 import pytest
 import torch
 
+from benchmarks import dummy
 from benchmarks.cpu import __main__ as command, engines, kernels, llamacpp, machine, models, report, timing, vllm_worker
-from benchmarks.cpu.errors import BenchmarkError
-from benchmarks.cpu.int4 import Int4Linear, dequantize, gptq_tensors, round_to_nearest
-from benchmarks.cpu.protocol import Worker
-from benchmarks.cpu.timing import Contestant, Times
+from benchmarks.cpu.int4 import Int4Linear
+from benchmarks.cpu.timing import Contestant
+from benchmarks.errors import BenchmarkError
+from benchmarks.gptq import dequantize, gptq_tensors, round_to_nearest
+from benchmarks.machine import processor, slug, versions
+from benchmarks.protocol import Worker
+from benchmarks.times import Times
 from tests.helpers import make_dense
 from vllm_gqsa.format import GqsaConfig, GroupSparseMatrix
 
@@ -95,15 +99,15 @@ def test_the_largest_cache_counts(tmp_path):
 
 
 def test_processor_becomes_part_of_a_file_name():
-    assert machine.slug("Intel(R) Xeon(R) Gold 6338 CPU @ 2.00GHz") == "intel-xeon-gold-6338-cpu-2-00ghz"
-    assert machine.slug("AMD EPYC") == "amd-epyc"
+    assert slug("Intel(R) Xeon(R) Gold 6338 CPU @ 2.00GHz") == "intel-xeon-gold-6338-cpu-2-00ghz"
+    assert slug("AMD EPYC") == "amd-epyc"
 
 
 def test_facts_are_json_and_name_the_processor():
     facts = json.loads(json.dumps(machine.facts()))
-    assert facts["processor"] == machine.processor()
+    assert facts["processor"] == processor()
     assert facts["memory_bytes"] > 1 << 28
-    assert machine.versions()["torch"].startswith(torch.__version__.split("+")[0])
+    assert versions()["torch"].startswith(torch.__version__.split("+")[0])
 
 
 # -- vLLM's INT4 -------------------------------------------------------------------------------------------
@@ -202,22 +206,22 @@ def test_cases_cover_the_three_models_and_all_targets():
 
 
 def test_dummy_folders_are_valid_configurations(tmp_path):
-    folders = models.write_dummy(tmp_path, TINY)
+    folders = dummy.write_dummy(tmp_path, TINY)
     assert set(folders) == set(models.FORMS)
     config = json.loads((folders["gqsa"] / "config.json").read_text())
     parsed = GqsaConfig.parse(config["quantization_config"], "config.json")
-    assert len(parsed.modules) == 2 * len(models.LINEARS)
+    assert len(parsed.modules) == 2 * len(dummy.LINEARS)
     assert parsed.modules["model.layers.1.self_attn.k_proj"].nnz == GroupSparseMatrix.synthesize(32, 64).nnz
-    assert models.vocabulary(folders["dense"]) == 32
+    assert dummy.vocabulary(folders["dense"]) == 32
 
 
 def test_bits_are_those_of_the_matrices(tmp_path):
-    folders = models.write_dummy(tmp_path, TINY)
-    matrices = [GroupSparseMatrix.synthesize(n, k) for n, k in models.linear_sizes(TINY)]
-    weights = sum(n * k for n, k in models.linear_sizes(TINY))
-    assert models.bits_per_weight(folders["gqsa"]) == pytest.approx(8 * sum(m.nbytes for m in matrices) / weights)
-    assert models.bits_per_weight(folders["int4"]) == 4.125
-    assert models.bits_per_weight(folders["dense"]) == 16
+    folders = dummy.write_dummy(tmp_path, TINY)
+    matrices = [GroupSparseMatrix.synthesize(n, k) for n, k in dummy.linear_sizes(TINY)]
+    weights = sum(n * k for n, k in dummy.linear_sizes(TINY))
+    assert dummy.bits_per_weight(folders["gqsa"]) == pytest.approx(8 * sum(m.nbytes for m in matrices) / weights)
+    assert dummy.bits_per_weight(folders["int4"]) == 4.125
+    assert dummy.bits_per_weight(folders["dense"]) == 16
 
 
 def test_gptq_folder_holds_the_rounded_weights(tmp_path):
@@ -252,7 +256,7 @@ def worker(tmp_path):
 
     def make(body):
         (tmp_path / "worker_under_test.py").write_text(
-            "import os, sys, time\nfrom benchmarks.cpu.protocol import serve\n"
+            "import os, sys, time\nfrom benchmarks.protocol import serve\n"
             f"def prepare(settings):\n    {body}\nserve(prepare)\n"
         )
         environment = {"PYTHONPATH": str(tmp_path)}
@@ -500,7 +504,7 @@ def test_a_part_run_alone_leaves_the_others(tmp_path):
     command.write(path, {"engines": {"rows": [3]}})
     document = json.loads(path.read_text())
     assert document["parts"] == {"kernels": {"rows": [2]}, "engines": {"rows": [3]}}
-    assert document["machine"]["processor"] == machine.processor()
+    assert document["machine"]["processor"] == processor()
 
 
 def test_report_without_results_is_one_sentence(tmp_path, capsys):
@@ -533,7 +537,7 @@ def test_all_parts_are_written(tmp_path, monkeypatch, capsys, document):
     text = capsys.readouterr().out
     # Measured in one run, so llama.cpp is compared too.
     assert "| 1B shape | llama.cpp Q4_0 | 1 | 3.00 | 3.75 |" in text
-    written = json.loads((tmp_path / f"cpu-{machine.slug(machine.processor())}.json").read_text())
+    written = json.loads((tmp_path / f"cpu-{slug(processor())}.json").read_text())
     assert set(written["parts"]) == {"kernels", "engines", "llamacpp"}
     assert written["parts"]["engines"]["effort"]["batches"] == [1, 4, 16]
     assert "without compilation" in next(line for line in text.splitlines() if line.startswith("* engines"))

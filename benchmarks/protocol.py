@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from benchmarks.cpu.errors import BenchmarkError
+from benchmarks.errors import BenchmarkError
 
 __all__ = ["Worker", "serve"]
 
@@ -92,7 +92,7 @@ class Worker:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
-                cwd=Path(__file__).resolve().parents[2],
+                cwd=Path(__file__).resolve().parents[1],
                 env={**os.environ, **self._environment},
             )
         self.ready = self._read(timeout)

@@ -1,4 +1,4 @@
-"""The one error of the CPU benchmarks."""
+"""The one error of the benchmarks."""
 
 
 class BenchmarkError(Exception):
