@@ -1,0 +1,1 @@
+"""`python -m benchmarks.kernels`: the CUDA kernels beside those of others on one GPU."""
