@@ -15,7 +15,7 @@ from vllm_gqsa.format import GroupSparseMatrix, round_scale
 from vllm_gqsa.kernels.cuda import choose_kernel, device_of, linear_cuda
 from vllm_gqsa.kernels.slab import SlabMatrix
 
-__all__ = ["BUILDERS", "Built", "quantized", "synthesize"]
+__all__ = ["BUILDERS", "Built", "quantized", "synthesize", "torch_int4_weight"]
 
 INT4_GROUP = 128
 """Group size of the dense INT4 contestants; that of most checkpoints."""
@@ -131,16 +131,21 @@ def quantized(
     return codes, scales.to(dtype)
 
 
-def _torch_int4(weight: Weight, device: torch.device, copies: Callable[[int], int]) -> Built:
-    """Torch's tinygemm: (code - 8) scale + zero, two codes a byte with the earlier one in the upper half."""
+def torch_int4_weight(weight: Weight, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes uint8 ``[N, K]``, scales and zeros bfloat16 ``[K / 128, N, 2]``, and the float32 weight they stand for."""
     codes, scales = quantized(weight, 4, INT4_GROUP, torch.bfloat16, device)
     zeros = (torch.rand(scales.shape, generator=_generator(device), device=device) * 0.01 - 0.005).bfloat16()
-    packed = torch.ops.aten._convert_weight_to_int4pack(codes[:, ::2] << 4 | codes[:, 1::2], _INNER_TILES)
     both = torch.stack((scales, zeros), 2).transpose(0, 1).contiguous()
+    expand = functools.partial(torch.repeat_interleave, repeats=INT4_GROUP, dim=1)
+    return codes, both, (codes.float() - 8) * expand(scales.float()) + expand(zeros.float())
+
+
+def _torch_int4(weight: Weight, device: torch.device, copies: Callable[[int], int]) -> Built:
+    """The tinygemm of torch; a byte holds two codes, the earlier one in its upper half."""
+    codes, both, dense = torch_int4_weight(weight, device)
+    packed = torch.ops.aten._convert_weight_to_int4pack(codes[:, ::2] << 4 | codes[:, 1::2], _INNER_TILES)
     size = packed.nbytes + both.nbytes
     clones = [(packed.clone(), both.clone()) for _ in range(copies(size))]
-    expand = functools.partial(torch.repeat_interleave, repeats=INT4_GROUP, dim=1)
-    dense = (codes.float() - 8) * expand(scales.float()) + expand(zeros.float())
 
     def call(each: tuple[torch.Tensor, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         result: torch.Tensor = torch.ops.aten._weight_int4pack_mm(x, each[0], INT4_GROUP, each[1])
@@ -151,7 +156,7 @@ def _torch_int4(weight: Weight, device: torch.device, copies: Callable[[int], in
 
 
 def _torch_2_of_4(weight: Weight, device: torch.device, copies: Callable[[int], int]) -> Built:
-    """Torch's 2:4, by cuSPARSELt where torch has it and CUTLASS where not."""
+    """The 2:4 of torch, by cuSPARSELt where torch has it and CUTLASS where not."""
     generator = _generator(device)
     dense = torch.randn(weight.n, weight.k, generator=generator, device=device) * 0.02
     for rows in dense.split(4096):
