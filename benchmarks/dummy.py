@@ -77,13 +77,13 @@ def gqsa_config(config: dict[str, Any], *, head: bool) -> dict[str, Any]:
 
 
 def write_dummy(folder: Path, config: dict[str, Any]) -> dict[str, Path]:
-    """Folders with nothing but a config.json, for ``load_format="dummy"``; returns them by form."""
-    quantization = {
-        "dense": None,
-        "int4": gptq_config(128),
-        "gqsa": gqsa_config(config, head=False),
-        "gqsa_head": gqsa_config(config, head=True),
-    }
+    """Folders with nothing but a config.json, for ``load_format="dummy"``; returns them by form.
+
+    The form with a compressed output layer is for models that tie it to their embedding.
+    """
+    quantization = {"dense": None, "int4": gptq_config(128), "gqsa": gqsa_config(config, head=False)}
+    if config["tie_word_embeddings"]:
+        quantization["gqsa_head"] = gqsa_config(config, head=True)
     folders = {}
     for form, each in quantization.items():
         folders[form] = folder / form

@@ -3,9 +3,9 @@
     python -m benchmarks.gpu
 
 Needs CUDA (nvcc and, for the checks, compute-sanitizer), torch with CUDA, pytest, hypothesis, filelock and what
-vllm-gqsa requires; no network, no vLLM, no virtual environment. Takes under ten minutes. Everything a step writes goes to
-build/gpu/STEP.log; a folder build/gpu/site, where there is one, is searched for Python packages too (see
-`make gpu-site`).
+vllm-gqsa requires; no network, no vLLM, no virtual environment. It ends within ten minutes, whatever hangs; on a GPU it
+has not been tried yet. Everything a step writes goes to build/gpu/STEP.log; a folder build/gpu/site, where there is
+one, is searched for Python packages too (see `make gpu-site`).
 """
 
 import argparse
@@ -39,8 +39,8 @@ _CHECK = """
 import importlib.util, sys
 missing = [name for name in {needed!r} if importlib.util.find_spec(name) is None]
 if missing:
-    sys.exit("not installed: " + ", ".join(missing) + "; install them, or where there is no network run `make gpu-site` "
-             "on a machine that has one and bring build/gpu/site here")
+    sys.exit("not installed: " + ", ".join(missing) + "; install them, or where there is no network "
+             "run `make gpu-site` on a machine that has one and bring build/gpu/site here")
 import torch
 if not torch.cuda.is_available():
     sys.exit("torch " + torch.__version__ + " sees no CUDA device")
