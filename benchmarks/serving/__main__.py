@@ -133,12 +133,14 @@ def bench(measured: str, batch: int | None, folder: Path, log: Path, options: ar
     """
     output = log.with_suffix(".json")
     output.unlink(missing_ok=True)
-    lengths = ["--input-len", str(options.input_len), "--output-len", str(options.output_len)]
     if measured == "latency":
         iterations = ["--num-iters", str(options.iterations), "--num-iters-warmup", str(options.warm_up)]
-        wanted = [*lengths, "--batch-size", str(batch), *iterations]
+        wanted = ["--batch-size", str(batch), *iterations]
     else:
-        wanted = ["--dataset-name", "random", *lengths, "--num-prompts", str(options.prompts)]
+        wanted = ["--dataset-name", "random", "--num-prompts", str(options.prompts)]
+    # Of throughput --input-len counts for nothing beside the default of --random-input-len.
+    prefix = "--" if measured == "latency" else "--random-"
+    wanted += [f"{prefix}input-len", str(options.input_len), f"{prefix}output-len", str(options.output_len)]
     command = [
         sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", measured, "--model", str(folder),
         "--load-format", "dummy", "--max-model-len", str(2 * (options.input_len + options.output_len)),

@@ -51,6 +51,8 @@ def test_a_run(tmp_path, monkeypatch, capsys):
     assert all(each[-1] == "--enforce-eager" for each in commands)
     assert commands[0][3:5] == ["bench", "latency"]
     assert commands[2][3:5] == ["bench", "throughput"]
+    assert "--input-len" in commands[0]
+    assert "--random-input-len" in commands[2]
     latency = document["rows"][7]
     assert (latency["form"], latency["tokens_per_second"], latency["ms_a_token"]) == ("gqsa", 40, 100)
     text = capsys.readouterr().out
@@ -139,8 +141,8 @@ def test_vllms_own_benchmarks(tmp_path, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     status = command.main([
         "--models", "tiny", "--forms", "gqsa", "--batches", "2", "--input-len", "16", "--output-len", "8",
-        "--iterations", "1", "--warm-up", "1", "--prompts", "4", "--folder", str(tmp_path / "models"), "--results", str(tmp_path),
-        "--", "--enforce-eager",
+        "--iterations", "1", "--warm-up", "1", "--prompts", "4", "--folder", str(tmp_path / "models"),
+        "--results", str(tmp_path), "--", "--enforce-eager",
     ])  # fmt: skip
     assert status == 0
     (path,) = tmp_path.glob("serving-*.json")
