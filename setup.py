@@ -127,10 +127,15 @@ class BuildNative(build_ext):
 
 
 class Wheel(bdist_wheel):
-    """Tags the wheel for every Python 3 on this platform."""
+    """Tags the wheel for every Python 3 on this platform, from this machine's version of glibc on."""
 
     def get_tag(self) -> tuple[str, str, str]:
-        return "py3", "none", super().get_tag()[2]
+        tag = super().get_tag()[2]
+        # The libraries need nothing else but libstdc++, and of that no more than g++ of this age brings.
+        name, version = platform.libc_ver()
+        if name == "glibc":
+            tag = tag.replace("linux", f"manylinux_{version.replace('.', '_')}", 1)
+        return "py3", "none", tag
 
 
 if __name__ == "__main__":  # the tests read the recipe above

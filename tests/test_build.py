@@ -59,7 +59,7 @@ def test_wheel_serves_every_python_3(source, tmp_path):
     result = setup(source, "bdist_wheel", "--dist-dir", str(tmp_path))
     assert result.returncode == 0, result.stderr
     (wheel,) = tmp_path.glob("*.whl")
-    assert "-py3-none-linux_" in wheel.name
+    assert "-py3-none-manylinux_" in wheel.name
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     assert "vllm_gqsa/kernels/_cpu.so" in names
