@@ -29,7 +29,7 @@ def gqsa(monkeypatch, capsys):
         assert "Traceback" not in captured.err
         return code, captured.out, " ".join(captured.err.split())
 
-    monkeypatch.setattr("vllm_gqsa.offline.estimate._gflops", lambda _: 10.0)
+    monkeypatch.setattr("vllm_gqsa.offline.estimate._gflops", lambda *_: 10.0)
     return run
 
 

@@ -16,6 +16,7 @@ from tests.helpers import compress_randomly, edit_tensors, make_dense, quantizat
 from vllm_gqsa.format import FormatError
 from vllm_gqsa.plugin.config import GqsaQuantizationConfig
 from vllm_gqsa.plugin.linear import GqsaLinearMethod, GqsaVocabularyMethod
+from vllm_gqsa.plugin.report import LoadReport
 
 Q, K, V = (f"model.layers.0.self_attn.{each}_proj" for each in "qkv")
 FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
@@ -188,12 +189,13 @@ def test_pickled_weights_are_refused_before_anything_reads_them(tmp_path, name):
 def test_load_formats_of_pickles_are_refused(load_format):
     from vllm.config import LoadConfig
 
-    method = make().get_quant_method(Linear(), "model.layers.0.self_attn.qkv_proj")
+    from vllm_gqsa.plugin.matrix import LayerMatrix
+
     with (
         set_current_vllm_config(VllmConfig(load_config=LoadConfig(load_format=load_format))),
         pytest.raises(ValueError, match=f"--load-format {load_format} reads pickles"),
     ):
-        method.create_weights(Linear(), 16, [16], 16, 16, torch.float32)
+        LayerMatrix(Linear(), None, 0.5, LoadReport())
 
 
 def test_nonsense_in_config_json_is_said_before_a_worker_starts(tmp_path):
