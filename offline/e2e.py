@@ -182,6 +182,9 @@ class _Pruning:
             model(part.to(self._job.device), use_cache=False, logits_to_keep=1)
         for hook in hooks:
             hook.remove()
+        for linear in self._linears.values():
+            if not linear.importance.any():  # an expert that was never chosen: all its inputs count alike
+                linear.importance.fill_(1.0)
 
     def before_step(self, step: int) -> None:
         """Choose, if it is time to."""

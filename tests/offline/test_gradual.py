@@ -7,6 +7,7 @@ import torch
 
 from tests.offline.test_pipeline import Killed, assert_same, job, silent
 from tests.offline.test_training import facts
+from vllm_gqsa.format import CheckpointReader
 from vllm_gqsa.offline import e2e
 from vllm_gqsa.offline.errors import InputError
 from vllm_gqsa.offline.inspect import inspect_checkpoint
@@ -31,7 +32,7 @@ def gradual(dense, text, tmp_path_factory):
     return output, compress(job(dense("llama"), text, output, GRADUAL), silent)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "opt"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "opt", "qwen3_moe"])
 def test_it_ends_at_the_sparsity_that_was_asked_for_and_distillation_helps(dense, text, tmp_path, family, gradual):
     output = gradual[0] if family == "llama" else tmp_path / "out"
     if family != "llama":
@@ -139,6 +140,14 @@ def test_stopped_after_every_few_steps_it_ends_with_the_same_bytes(gradual, dens
     assert stops > 5
     compress(job(dense("llama"), text, again, GRADUAL), silent)
     assert_same(again, gradual[0])
+
+
+def test_an_expert_that_is_never_chosen_is_pruned_by_its_weights(dense, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(e2e, "watch_inputs", lambda *_: [])  # nothing is observed, as at such an expert
+    recipe = GRADUAL.model_copy(update={"prune": GradualPruning(tokens=96, batch=2), "distill": None, "pattern": "row"})
+    compress(job(dense("llama"), text, tmp_path / "out", recipe), silent)
+    keep = CheckpointReader(tmp_path / "out").matrix("model.layers.0.self_attn.q_proj", (64, 64)).keep()
+    assert keep.any(0).all()  # each of the four places is kept in some row
 
 
 @pytest.mark.parametrize(("settings", "says"), [
