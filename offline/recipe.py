@@ -1,6 +1,5 @@
 """What is done to the weights: every choice that changes the result stands here."""
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -185,12 +184,10 @@ class Recipe(BaseModel):
         if self.group_size not in GROUP_SIZES:
             raise ValueError(f"group_size {self.group_size} is not one of {', '.join(map(str, GROUP_SIZES))}")
         check_ignore(self.ignore)
-        for entry in self.overrides:
-            if entry.startswith("re:"):
-                try:
-                    re.compile(entry[3:])
-                except re.error as error:
-                    raise ValueError(f"overrides {entry!r} is not a regular expression: {error}") from error
+        try:
+            check_ignore(tuple(self.overrides))
+        except ValueError as error:
+            raise ValueError(str(error).replace("ignore", "overrides", 1)) from error
         if self.pattern not in ("row", "matrix"):
             n, m = parse_pattern(self.pattern)
             if abs(self.sparsity - (1 - n / m)) > 1e-6:

@@ -85,14 +85,14 @@ def test_options_change_a_recipe_from_a_file(dense, text, tmp_path, monkeypatch,
 def test_estimate_covers_the_training_stages(dense, monkeypatch, capsys):
     found = {}
     for recipe in ("one-shot", "default", "best", "blockwise"):
-        _, out, _ = run(monkeypatch, capsys, "estimate", dense("llama"), "--recipe", recipe, "--json")
+        _, out, _ = run(monkeypatch, capsys, "estimate", dense("llama"), "--recipe", recipe, "--context", 48, "--json")
         found[recipe] = json.loads(out)
     assert set(found["one-shot"]["training"]) == set()
     assert set(found["default"]["training"]) == {"prune", "distill"}
     assert set(found["best"]["training"]) == {"prune", "distill", "oqp"}
     assert set(found["blockwise"]["training"]) == {"bqpo"}
     assert found["best"]["disk_bytes"] > found["one-shot"]["disk_bytes"]
-    _, out, _ = run(monkeypatch, capsys, "estimate", dense("llama"), "--recipe", "best")
+    _, out, _ = run(monkeypatch, capsys, "estimate", dense("llama"), "--recipe", "best", "--context", 48)
     assert "of it in prune" in out
 
 
