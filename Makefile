@@ -47,9 +47,10 @@ fuzz: setup ## Spoil thousands of checkpoints and load them: SEED=0 CASES=5000
 load: setup ## Serve SmolLM2 to 32 clients at once, some of which misbehave (about 10 minutes)
 	$(BIN)/python -m benchmarks.load
 
+# For every supported GPU, whatever is in this machine.
 dist: setup ## Build the wheel and the source distribution, and install both into fresh environments
 	@rm -rf dist
-	$(BIN)/python -m build --no-isolation --outdir dist
+	GQSA_CUDA_ARCHS="80;86;89;90;100;120" $(BIN)/python -m build --no-isolation --outdir dist
 	GQSA_DIST=dist $(BIN)/python -m pytest -m slow tests/test_dist.py
 
 lint: setup ## Check style and formatting with ruff

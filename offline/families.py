@@ -23,8 +23,8 @@ class Family:
     """Linears that a serving engine joins into one: compressed all or none."""
     embedding: str | None = None
     """Dotted name of the input embedding; None where a serving engine takes neither it nor the head compressed."""
-    routers: tuple[str, ...] = ()
-    """Linears that are always left dense, as ``re:`` expressions: they choose the experts of a token."""
+    always_dense: tuple[str, ...] = ()
+    """Linears that are always left dense, as ``re:`` expressions: outside of the blocks, or choosing experts."""
     unmixed: "Family | None" = None
     """The blocks of a mixture of experts that have none."""
     is_unmixed: Callable[[int], bool] = lambda _: False
@@ -69,6 +69,7 @@ FAMILIES: Mapping[str, Family] = {
         blocks="model.decoder.layers",
         linears=(_QKV, ("self_attn.out_proj",), ("fc1",), ("fc2",)),
         fused=(_QKV,),
+        always_dense=(r"re:.*\.project_(in|out)$",),  # where embeddings are narrower than the blocks
     ),
 }
 """Families by the ``model_type`` of config.json, but for mixtures of experts: see :func:`family_of`."""
@@ -94,7 +95,7 @@ def _mixture(config: Any, names: Mixture) -> Family:  # noqa: ANN401 - a transfo
             *((_SHARED, ("mlp.shared_expert.down_proj",)) if is_shared else ()),
         ),
         fused=(_QKV, tuple(name for group in routed for name in group), *((_SHARED,) if is_shared else ())),
-        routers=(r"re:.*\.(shared_expert_)?gate$",),
+        always_dense=(r"re:.*\.(shared_expert_)?gate$",),
         unmixed=_GATED,
         is_unmixed=lambda block: block in plain or (block + 1) % step != 0,
     )

@@ -112,7 +112,7 @@ def write_rest(
         group_size=recipe.group_size,
         sparsity=recipe.sparsity,
         pattern=recipe.pattern,
-        ignore=(*recipe.left_dense, *family.routers),
+        ignore=(*recipe.left_dense, *family.always_dense),
         modules={name: ModuleEntry(nnz=kept[name]) for name in shapes},
     )
 
