@@ -18,7 +18,7 @@ $(STAMP): pyproject.toml setup.py benchmarks/demo/install.py $(wildcard csrc/*/*
 	@touch $@
 
 test: setup ## Run the default tests (no GPU, nothing slow)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 cuda-check: setup ## Test the CUDA kernels without a GPU, all of it (10 minutes at most)
 	$(BIN)/python -m pytest -n 2 -m "not gpu" tests/cuda
