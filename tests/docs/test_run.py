@@ -139,9 +139,8 @@ def test_snippet_with_vllm(text, here, adapter):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="vLLM begins to load twice where lm_head stands between other names of a file")
 def test_reload_with_a_dense_head_of_its_own(short_recipes, here):
-    """The fault that the page on reloads names; once it is mended, both go."""
+    """Such a head stands between other names of its file, so that vLLM begins to load the inner model twice."""
     make_dense(here / "untied", vocab_size=TOKENS)
     write_tokenizer(here / "untied")
     shutil.rmtree("my-checkpoint")
@@ -156,7 +155,7 @@ def test_reload_with_a_dense_head_of_its_own(short_recipes, here):
     done = subprocess.run(
         [sys.executable, "snippet.py"], env={**os.environ, **CPU}, capture_output=True, text=True, check=False
     )
-    assert "missing from the checkpoint" not in done.stderr
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.slow

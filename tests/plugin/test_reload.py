@@ -134,3 +134,24 @@ def test_of_another_size(engine):
     feed(engine, other)
     with pytest.raises(FormatError, match="only a checkpoint with the same numbers"):
         end(engine)
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_vllm_may_begin_twice_in_one_load(engine, same):
+    """It does where the head stands between other names of a file; only another stream is another load."""
+    config, layer = engine
+    reload.initialize_layerwise_reload(layer)
+
+    def load_weights(weights, part):
+        config.get_cache_scale_mapper()
+        feed(engine, dict([list(B.items())[part]]) if part == 0 else B, [(0, name) for name in TENSORS] * part)
+
+    stream = (name for name in B)
+    load_weights(stream, 0)
+    load_weights(stream if same else (name for name in B), 1)
+    if same:
+        reload.finalize_layerwise_reload(layer, None)
+        assert torch.equal(layer.quant_method.dequantize_weight(layer), dense(B))
+    else:
+        with pytest.raises(FormatError, match=r"m.gate_proj.\* missing from the checkpoint"):
+            reload.finalize_layerwise_reload(layer, None)

@@ -1,6 +1,8 @@
 """The quantization config ``gqsa``: which layer of a vLLM model is compressed, and what is wrong where none fits."""
 
+import inspect
 import os
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,7 @@ class GqsaQuantizationConfig(QuantizationConfig):
         self._asked: set[str] = set()
         """Compressed vocabularies that the model under construction asked a method for."""
         self._methods: list[Any] = []
+        self._weights: weakref.ref[Any] | None = None
         """The methods that were handed out."""
         self._report = LoadReport()
 
@@ -181,8 +184,11 @@ class GqsaQuantizationConfig(QuantizationConfig):
         """
         from vllm.distributed import get_pp_group  # noqa: PLC0415
 
-        for method in self._methods:
-            method.begin_loading()
+        weights = _weights_in_hand()
+        if weights is None or self._weights is None or self._weights() is not weights:
+            for method in self._methods:
+                method.begin_loading()
+        self._weights = None if weights is None else weakref.ref(weights)
         head = None if self.config is None else self.config.head
         # Some ranks of a pipeline build neither the embedding nor the head, and load nothing for them.
         if head is not None and head not in self._asked and get_pp_group().world_size == 1:
@@ -258,6 +264,25 @@ class GqsaQuantizationConfig(QuantizationConfig):
                 "linear layer would have no weights"
             )
         return bool(listed)
+
+
+def _weights_in_hand() -> Any:  # noqa: ANN401 - whatever yields names and tensors
+    """The stream of weights that a model of vLLM is loading now, by which one load is told from the next.
+
+    A model whose head stands between other names of a file loads its inner model twice in one load, and vLLM asks for
+    the mapper each time. The outermost ``load_weights`` in progress still has the same stream. None where there is no
+    such, or it cannot be remembered without being kept alive.
+    """
+    found, frame = None, inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_name == "load_weights" and "weights" in frame.f_locals:
+            found = frame.f_locals["weights"]
+        frame = frame.f_back
+    try:
+        weakref.ref(found)
+    except TypeError:
+        return None
+    return found
 
 
 def _check_lora(name: str) -> None:
