@@ -116,6 +116,15 @@ def random_matrix(
     return GroupSparseMatrix.from_dense(torch.randn(rows, columns, generator=generator), keep, group_size)
 
 
+def uneven_matrix(rows: int, columns: int, group_size: int, seed: int) -> GroupSparseMatrix:
+    """Rows of every kind: empty, full, one group, and anything between."""
+    generator = torch.Generator().manual_seed(seed)
+    density = torch.rand(rows, 1, generator=generator).mul(3).sub(1).clamp(0, 1)
+    keep = torch.rand(rows, columns // group_size, generator=generator) < density
+    keep[:1, -1] = True
+    return GroupSparseMatrix.from_dense(torch.randn(rows, columns, generator=generator) * 0.1, keep, group_size)
+
+
 @dataclass
 class Compressed:
     """A checkpoint, its dense twin, and what is in them."""

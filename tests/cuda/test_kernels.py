@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.helpers import random_matrix
+from tests.helpers import random_matrix, uneven_matrix
 from vllm_gqsa import kernels
 from vllm_gqsa.format import GROUP_SIZES, GroupSparseMatrix
 from vllm_gqsa.kernels import cuda
@@ -49,15 +49,6 @@ def assert_right(y, x, weight, bias, kernel):
         assert error.norm() <= exact.norm() * eps * 0.5 + spread.norm() * 6e-4
 
 
-def uneven(rows, columns, group_size, seed):
-    """Rows of every kind: empty, full, one group, and anything between."""
-    generator = torch.Generator().manual_seed(seed)
-    density = torch.rand(rows, 1, generator=generator).mul(3).sub(1).clamp(0, 1)
-    keep = torch.rand(rows, columns // group_size, generator=generator) < density
-    keep[:1, -1] = True
-    return GroupSparseMatrix.from_dense(torch.randn(rows, columns, generator=generator) * 0.1, keep, group_size)
-
-
 # -- exactness -----------------------------------------------------------------------------------------------
 
 
@@ -87,7 +78,7 @@ def test_shapes_and_sparsity(device, kernel, density):
 @pytest.mark.parametrize("kernel", ["gemv", "gemm", "expand"])
 def test_uneven_rows(device, kernel, group_size):
     for seed in range(3):
-        weight = uneven(90, 1280, group_size, seed)
+        weight = uneven_matrix(90, 1280, group_size, seed)
         x, bias = inputs(4 if kernel == "gemv" else 12, weight, torch.float16, device, seed)
         assert_right(linear_cuda(x, pack(weight, device), bias, kernel), x, weight, bias, kernel)
 
@@ -115,7 +106,7 @@ def test_many_random_cases(device, seed):
     group_size, dtype = draw(*GROUP_SIZES), draw(*HALVES)
     columns = group_size * draw(1, 2, 3, 5, 17, 40)
     for _ in range(5):
-        weight = uneven(draw(1, 5, 32, 40, 64, 96, 129), columns, group_size, draw(*range(1000)))
+        weight = uneven_matrix(draw(1, 5, 32, 40, 64, 96, 129), columns, group_size, draw(*range(1000)))
         device.shuffle(draw(*range(1000)))
         kernel = draw("gemv", "gemm", "expand")
         x, bias = inputs(draw(1, 2, 4, 7, 8, 13, 33, 64), weight, dtype, device, seed)
@@ -168,7 +159,7 @@ def test_infinity_and_nan_stay_with_their_token(device):
 @pytest.mark.parametrize("kernel", ["gemv", "gemm"])
 @pytest.mark.parametrize("blocks", [1, 2, 5, 24])
 def test_the_order_of_blocks_changes_no_bit(device, monkeypatch, kernel, blocks):
-    weight = uneven(150, 640, 16, 3)
+    weight = uneven_matrix(150, 640, 16, 3)
     packed = pack(weight, device)
     x, bias = inputs(3 if kernel == "gemv" else 20, weight, torch.float16, device)
     found = cuda.device_of(x.device)
@@ -183,7 +174,7 @@ def test_the_order_of_blocks_changes_no_bit(device, monkeypatch, kernel, blocks)
 
 @pytest.mark.parametrize(("kernel", "counts"), [("gemv", (1, 2, 3, 5, 8)), ("gemm", (9, 16, 30, 64))])
 def test_other_tokens_change_no_bit(device, kernel, counts):
-    weight = uneven(70, 640, 16, 4)
+    weight = uneven_matrix(70, 640, 16, 4)
     packed = pack(weight, device)
     x, bias = inputs(64, weight, torch.bfloat16, device)
     full = linear_cuda(x[: counts[-1]], packed, bias, kernel)
@@ -192,7 +183,7 @@ def test_other_tokens_change_no_bit(device, kernel, counts):
 
 
 def test_division_by_rows_gives_the_same_result(device):
-    weight = uneven(150, 640, 16, 3)
+    weight = uneven_matrix(150, 640, 16, 3)
     x, bias = inputs(3, weight, torch.float16, device)
     assert_right(linear_cuda(x, pack(weight, device), bias, "gemv", by_slab=True), x, weight, bias, "gemv")
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 
-from tests.helpers import random_matrix
+from tests.helpers import random_matrix, uneven_matrix
 from vllm_gqsa.format import GROUP_SIZES, GroupSparseMatrix
 from vllm_gqsa.kernels import cpu, linear, native, prepare, restore
 from vllm_gqsa.kernels.cpu import PackedMatrix, choose_kernel, kernels, linear_cpu, partition
@@ -39,15 +39,6 @@ def relative_error(y, x, weight, bias):
     expected = F.linear(x.double(), dense, bias.double())
     size = F.linear(x.double().abs(), dense.abs(), bias.double().abs())
     return float((y.double() - expected).norm() / size.norm())
-
-
-def uneven(rows, columns, group_size, seed):
-    """Rows of every kind: empty, full, one group, and anything between."""
-    generator = torch.Generator().manual_seed(seed)
-    density = torch.rand(rows, 1, generator=generator).mul(3).sub(1).clamp(0, 1)
-    keep = torch.rand(rows, columns // group_size, generator=generator) < density
-    keep[:1, -1] = True
-    return GroupSparseMatrix.from_dense(torch.randn(rows, columns, generator=generator) * 0.1, keep, group_size)
 
 
 # -- the layout ----------------------------------------------------------------------------------------------
@@ -116,7 +107,7 @@ def test_exact_in_float32(kernel, group_size):
 
 @pytest.mark.parametrize("kernel", EXACT)
 def test_half_precision_is_the_rounded_exact_result(kernel):
-    weight = uneven(130, 640, 16, 1)
+    weight = uneven_matrix(130, 640, 16, 1)
     for dtype in (torch.bfloat16, torch.float16):
         if can_run(kernel, dtype, 16):
             x, bias = inputs(5, weight, dtype)
@@ -133,7 +124,7 @@ def test_uneven_rows(kernel, group_size):
     if not can_run(kernel, dtype, group_size):
         pytest.skip("not this group size")
     for seed in range(6):
-        weight = uneven(50, 640, group_size, seed)
+        weight = uneven_matrix(50, 640, group_size, seed)
         x, bias = inputs(3, weight, dtype, seed)
         y = linear_cpu(x, PackedMatrix.pack(weight), bias, kernel)
         limit = {"avx512_bf16": 2e-3, "avx512_vnni": 5e-3}.get(kernel, 1e-6)
@@ -177,7 +168,7 @@ def test_inputs_of_pruned_groups_are_not_read(kernel):
 @pytest.mark.parametrize("kernel", list(kernels()))
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dense_weight_equals_the_reference_bit_for_bit(kernel, group_size, dtype):
-    weight = uneven(41, 640, group_size, 2)
+    weight = uneven_matrix(41, 640, group_size, 2)
     packed = PackedMatrix.pack(weight)
     assert torch.equal(packed.to_dense(0, 41, dtype, kernel), weight.to_dense(dtype))
     assert torch.equal(packed.to_dense(7, 20, dtype, kernel), weight.to_dense(dtype)[7:20])
@@ -202,7 +193,7 @@ def test_a_token_does_not_depend_on_the_others(kernel, group_size):
     dtype = torch.bfloat16 if kernel == "avx512_bf16" else torch.float32
     if not can_run(kernel, dtype, group_size):
         pytest.skip("not this group size")
-    weight = uneven(70, 640, group_size, 3)
+    weight = uneven_matrix(70, 640, group_size, 3)
     packed = PackedMatrix.pack(weight)
     x, bias = inputs(max(TOKENS), weight, dtype)
     alone = torch.cat([linear_cpu(row[None], packed, bias, kernel) for row in x])
@@ -216,7 +207,7 @@ import sys, torch
 from tests.kernels.test_cpu import EXACT, inputs, uneven
 from vllm_gqsa.kernels.cpu import PackedMatrix, linear_cpu
 torch.set_num_threads(int(sys.argv[1]))
-weight = uneven(500, 1152, 16, 4)
+weight = uneven_matrix(500, 1152, 16, 4)
 packed = PackedMatrix.pack(weight)
 for kernel in EXACT:
     x, bias = inputs(5, weight, torch.bfloat16)
@@ -331,14 +322,14 @@ def test_any_shape(leading, rows, groups, size, density, dtype):
 @pytest.mark.parametrize("tokens", [1, 15, 16, 40, 200])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_both_sides_of_the_crossover(tokens, dtype):
-    weight = uneven(300, 640, 16, 5)
+    weight = uneven_matrix(300, 640, 16, 5)
     x, bias = inputs(tokens, weight, dtype)
     error = relative_error(linear(x, prepare(weight), bias), x, weight, bias)
     assert error < {torch.float32: 1e-6, torch.float16: 3e-4, torch.bfloat16: 2e-3}[dtype]
 
 
 def test_many_tokens_go_through_several_chunks(monkeypatch):
-    weight = uneven(300, 640, 16, 6)
+    weight = uneven_matrix(300, 640, 16, 6)
     x, bias = inputs(64, weight, torch.float32)
     monkeypatch.setattr(cpu, "_CHUNK_BYTES", 640 * 4 * 64)
     torch.testing.assert_close(linear(x, prepare(weight), bias), linear_reference(x, weight, bias))
