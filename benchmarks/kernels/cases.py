@@ -93,9 +93,9 @@ def _divisions(layers: Iterable[tuple[str, str]], tokens: Iterable[int]) -> tupl
     )
 
 
-def _sweeps(tokens: Iterable[int]) -> tuple[Case, ...]:
+def _sweeps(layers: Iterable[tuple[str, str]], tokens: Iterable[int]) -> tuple[Case, ...]:
     return (
-        *(case for s in _SPARSITIES for case in _of("sparsity", _SQUARE, tokens, sparsity=s)),
+        *(case for at in layers for s in _SPARSITIES for case in _of("sparsity", at, tokens, sparsity=s)),
         *(case for size in (8, 16, 32, 64, 128) for case in _of("groups", _SQUARE, (1,), group_size=size)),
     )
 
@@ -105,9 +105,9 @@ _CROSSOVER = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 # The most telling come first: what the time does not suffice for is left out at the end.
 CASES = (
     *(case for layer in _LAYERS for case in _of("layers", layer, TOKENS)),
-    *_divisions((_SMALL, _SQUARE, _WIDE), (1, 4)),
+    *_divisions(_LAYERS, (1, 2, 4, 8)),
     *(case for layer in (_SMALL, _SQUARE, _WIDE) for case in _of("choice", layer, _CROSSOVER)),
-    *_sweeps((1, 16)),
+    *_sweeps((_SQUARE, *(layer for layer in _LAYERS if layer != _SQUARE)), (1, 16)),
 )
 QUICK_CASES = (
     *_of("layers", _SMALL, (1, 2, 4, 8, 16, 64, 256, 2048)),
@@ -116,7 +116,7 @@ QUICK_CASES = (
     *_of("layers", ("Llama-70B", "gate_up"), (1, 16)),
     *_divisions((_SMALL, _SQUARE), (1,)),
     *_of("choice", _WIDE, _CROSSOVER),
-    *_sweeps((1,)),
+    *_sweeps((_SQUARE,), (1,)),
     *_of("layers", ("Llama-3-8B", "qkv"), (1, 16)),
     *_of("layers", ("Llama-3-8B", "down"), (1, 8, 16)),
 )
