@@ -48,8 +48,8 @@ struct Dim {
     unsigned x;
 };
 
-// Where a fiber, or what runs the fibers, was interrupted. swapcontext asks the operating system about signals on every
-// switch, which takes ten times as long as all the rest.
+// Where a fiber, or what runs the fibers, was interrupted. Not swapcontext where it can be helped: it makes a system call,
+// about signals, on every switch.
 #if defined(__x86_64__)
 struct Context {
     void* stack;
