@@ -1,6 +1,8 @@
 // Repacks a matrix from the checkpoint's order into slabs (slab.h), and back. Runs on the CPU while a model is loaded.
 #include "slab.h"
 
+#include "parallel.h"
+
 #include <algorithm>
 #include <numeric>
 #include <vector>
@@ -226,26 +228,14 @@ void fill_panel(const SlabPlan& plan, size_t panel, const SlabTensors& to) {
     }
 }
 
-using Task = void (*)(int64_t begin, int64_t end, void* context);
-using ParallelFor = int32_t (*)(int64_t begin, int64_t end, int64_t grain, Task, void* context);
-
-// Calls f(index) for all of 0..count on `threads` threads; `parallel_for` is as in cpu.cpp.
+// Calls f(index) for all of 0..count on `threads` threads.
 template <class F>
 void for_each(ParallelFor parallel_for, int64_t threads, int64_t count, F f) {
-    struct Context {
-        F* f;
-        int64_t shares, count;
-    } context{&f, std::clamp<int64_t>(threads, 1, std::max<int64_t>(count, 1)), count};
-    const Task task = [](int64_t begin, int64_t end, void* raw) {
-        const Context& c = *static_cast<Context*>(raw);
-        const int64_t last = share_begin(c.count, c.shares, end);
-        for (int64_t i = share_begin(c.count, c.shares, begin); i < last; ++i) (*c.f)(i);
-    };
-    if (parallel_for == nullptr || context.shares == 1) {
-        task(0, context.shares, &context);
-    } else {
-        parallel_for(0, context.shares, 1, task, &context);
-    }
+    const int64_t shares = std::clamp<int64_t>(threads, 1, std::max<int64_t>(count, 1));
+    in_parallel(parallel_for, shares, [&](int64_t share) {
+        const int64_t end = share_begin(count, shares, share + 1);
+        for (int64_t i = share_begin(count, shares, share); i < end; ++i) f(i);
+    });
 }
 
 }  // namespace

@@ -5,15 +5,12 @@
 #include <new>
 #include <vector>
 
+#include "../common/parallel.h"
 #include "../common/partition.h"
 #include "rows.h"
 
 namespace gqsa::cpu {
 namespace {
-
-// torch_parallel_for of libtorch's stable C interface: torch's thread pool, which vLLM binds to cores.
-using Task = void (*)(int64_t begin, int64_t end, void* context);
-using ParallelFor = int32_t (*)(int64_t begin, int64_t end, int64_t grain, Task, void* context);
 
 constexpr int64_t kRowCost = 8;       // what a row costs beside its groups, in groups
 constexpr int64_t kRowMultiple = 32;  // rows of bfloat16 in a cache line
@@ -25,19 +22,6 @@ const Kernel* const kKernels[] = {
     &avx2, &avx512, &avx512_bf16, &avx512_vnni,
 #endif
 };
-
-// Calls f(share) for every share; `parallel_for` may be null, then one after the other.
-template <class F>
-void in_parallel(ParallelFor parallel_for, int64_t shares, F f) {
-    const Task task = [](int64_t begin, int64_t end, void* context) {
-        for (int64_t share = begin; share < end; ++share) (*static_cast<F*>(context))(share);
-    };
-    if (parallel_for == nullptr || shares <= 1) {
-        task(0, shares, &f);
-    } else {
-        parallel_for(0, shares, 1, task, &f);
-    }
-}
 
 // Memory that begins with a cache line: vectors that cross two lines cost twice as much to load.
 template <class T>
@@ -132,6 +116,8 @@ void unpack_block(const uint16_t* words, uint8_t* bytes) {
 }  // namespace gqsa::cpu
 
 using namespace gqsa::cpu;
+using gqsa::in_parallel;
+using gqsa::ParallelFor;
 
 #pragma GCC visibility push(default)
 extern "C" {

@@ -39,6 +39,7 @@ class Gpu:
 
 def _forget():
     cuda._library.cache_clear()
+    cuda._gemv_tokens.cache_clear()
     cuda.device_of.cache_clear()
 
 

@@ -3,49 +3,9 @@
 #include "../../csrc/common/slab.cpp"
 // After slab.cpp, whose namespace it uses.
 #include "../../csrc/cuda/cuda.cu"
+#include "../kernels/random_matrix.h"
 
 namespace {
-
-std::mt19937 rng(1);
-
-int below(int limit) { return static_cast<int>(rng() % limit); }
-
-struct Matrix {
-    int group_size, rows, groups, columns;
-    std::vector<int32_t> crow_indices{0};
-    std::vector<uint8_t> mask, qweight;
-    std::vector<uint16_t> scale_zero;
-    std::vector<double> dense;
-};
-
-Matrix random_matrix() {
-    const int sizes[] = {8, 16, 32, 64, 128};
-    Matrix m;
-    m.group_size = sizes[below(5)];
-    m.rows = 1 + below(below(2) ? 8 : 140);
-    m.groups = 1 + below(below(2) ? 5 : 60);
-    m.columns = m.groups * m.group_size;
-    const int stride = (m.groups + 7) / 8, density = below(11);
-    m.mask.resize(m.rows * stride);
-    m.dense.resize(m.rows * m.columns);
-    for (int r = 0; r < m.rows; ++r) {
-        for (int g = 0; g < m.groups; ++g) {
-            if (below(10) >= density) continue;
-            m.mask[r * stride + g / 8] |= 1 << (g % 8);
-            const uint16_t word = static_cast<uint16_t>((0x140 + below(64)) << 4 | below(16));
-            m.scale_zero.push_back(word);
-            const double scale = shim::half_to_float(word >> 1 & 0x7ff8);
-            for (int i = 0; i < m.group_size; ++i) {
-                const int code = below(16);
-                if (i % 2 == 0) m.qweight.push_back(0);
-                m.qweight.back() |= code << (i % 2 * 4);
-                m.dense[(r * m.groups + g) * m.group_size + i] = scale * (code - (word & 15));
-            }
-        }
-        m.crow_indices.push_back(static_cast<int32_t>(m.scale_zero.size()));
-    }
-    return m;
-}
 
 struct Packed {
     std::vector<uint32_t> codes, heads, counters;

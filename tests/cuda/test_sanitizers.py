@@ -16,7 +16,7 @@ def compiled(tmp_path_factory):
 
     def compile_it(name, file="", right="", wrong=""):
         folder = tmp_path_factory.mktemp(name)
-        for path in [*ROOT.glob("csrc/*/*"), *ROOT.glob("tests/cuda/*.[ch]*")]:
+        for path in [*ROOT.glob("csrc/*/*"), *ROOT.glob("tests/cuda/*.[ch]*"), ROOT / "tests/kernels/random_matrix.h"]:
             copy = folder / path.relative_to(ROOT)
             copy.parent.mkdir(parents=True, exist_ok=True)
             text = path.read_text()

@@ -204,7 +204,8 @@ def test_a_token_does_not_depend_on_the_others(kernel, group_size):
 def test_the_number_of_threads_does_not_matter():
     code = """
 import sys, torch
-from tests.kernels.test_cpu import EXACT, inputs, uneven
+from tests.helpers import uneven_matrix
+from tests.kernels.test_cpu import EXACT, inputs
 from vllm_gqsa.kernels.cpu import PackedMatrix, linear_cpu
 torch.set_num_threads(int(sys.argv[1]))
 weight = uneven_matrix(500, 1152, 16, 4)

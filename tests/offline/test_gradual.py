@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from tests.offline.test_pipeline import Killed, assert_same, job, silent
+from tests.offline.test_pipeline import assert_same, compress_with_stops, job, silent
 from tests.offline.test_training import facts
 from vllm_gqsa.format import CheckpointReader
 from vllm_gqsa.offline import e2e
@@ -119,24 +119,7 @@ def test_stopped_after_every_few_steps_it_ends_with_the_same_bytes(gradual, dens
     monkeypatch.setattr(e2e, "SAVE_SECONDS", 0.0)
     again = tmp_path / "out"
     rng = random.Random(1)
-    stops = 0
-
-    def stop_at(number):
-        steps = iter(range(number))
-
-        def progress(*_):
-            if next(steps, None) is None:
-                raise Killed
-
-        return progress
-
-    for _ in range(60):
-        try:
-            compress(job(dense("llama"), text, again, GRADUAL), stop_at(rng.randint(5, 8)))
-        except Killed:
-            stops += 1
-            continue
-        break
+    stops = compress_with_stops(lambda: job(dense("llama"), text, again, GRADUAL), lambda: rng.randint(5, 8))
     assert stops > 5
     compress(job(dense("llama"), text, again, GRADUAL), silent)
     assert_same(again, gradual[0])

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import vllm_gqsa.hf  # noqa: F401 - registers with transformers
-from tests.offline.test_pipeline import Killed, assert_same, job, silent
+from tests.offline.test_pipeline import assert_same, compress_with_stops, job, silent
 from vllm_gqsa.format import CheckpointReader, TensorFiles
 from vllm_gqsa.offline import e2e
 from vllm_gqsa.offline.errors import InputError
@@ -186,24 +186,7 @@ def test_stopped_after_every_few_steps_it_ends_with_the_same_bytes(trained, dens
     monkeypatch.setattr(e2e, "SAVE_SECONDS", 0.0)
     again = tmp_path / "out"
     rng = random.Random(0)
-    stops = 0
-
-    def stop_at(number):
-        steps = iter(range(number))
-
-        def progress(*_):
-            if next(steps, None) is None:
-                raise Killed
-
-        return progress
-
-    for _ in range(60):
-        try:
-            compress(job(dense("llama"), text, again, ALL), stop_at(rng.randint(10, 14)))
-        except Killed:
-            stops += 1
-            continue
-        break
+    stops = compress_with_stops(lambda: job(dense("llama"), text, again, ALL), lambda: rng.randint(10, 14))
     assert stops > 5
     compress(job(dense("llama"), text, again, ALL), silent)
     assert_same(again, trained[0])

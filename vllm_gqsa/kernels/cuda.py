@@ -109,7 +109,7 @@ def available() -> bool:
 def device_of(device: torch.device) -> Device | None:
     """What the library says of a device; None, said once and with the reason, where it cannot run there."""
     if not available():
-        reason = "it was installed without its CUDA kernels, because no nvcc was found then"
+        reason = "it was installed without its CUDA kernels (no nvcc was found then, or GQSA_CUDA_ARCHS was empty)"
     else:
         numbers = [ctypes.c_int32() for _ in range(3)]
         with _current(device):
@@ -119,7 +119,7 @@ def device_of(device: torch.device) -> Device | None:
         reason = f"its CUDA kernels do not run there ({_library().gqsa_cuda_message(error).decode()})"
     _logger.warning(
         "vllm-gqsa on %s: %s. Every linear expands its whole weight on every call, which is slow. Install vllm-gqsa "
-        "again where nvcc is, or a wheel that covers this GPU.",
+        "again where nvcc is, or a wheel that covers this GPU; from sm_80 on one can.",
         *(device, reason),
     )
     return None
@@ -134,6 +134,13 @@ def usable(device: torch.device, weight: GroupSparseMatrix) -> bool:
     return device_of(device) is not None
 
 
+@functools.cache
+def _gemv_tokens(in_features: int, shared_bytes: int) -> int:
+    """How many tokens gemv can take at a time; 0 where not even one fits into shared memory."""
+    needed = _library().gqsa_cuda_gemv_shared
+    return next((m for m in (8, 4, 2, 1) if needed(m, in_features) <= shared_bytes), 0)
+
+
 def choose_kernel(tokens: int, in_features: int, device: Device, invariant: bool = False) -> tuple[str, int]:
     """The kernel for a number of tokens, and how many of them it takes at a time.
 
@@ -146,8 +153,7 @@ def choose_kernel(tokens: int, in_features: int, device: Device, invariant: bool
     Returns:
         "gemv" (1 to 8 tokens), "gemm" (1 to 64) or "expand" (any number).
     """
-    shared = _library().gqsa_cuda_gemv_shared
-    fits = next((m for m in (8, 4, 2, 1) if shared(m, in_features) <= device.shared_bytes), 0)
+    fits = _gemv_tokens(in_features, device.shared_bytes)
     if invariant:
         return ("gemv", fits) if fits else ("gemm", 64)
     known = max((c for c in _CROSSOVER if c <= device.capability), default=80)
@@ -189,24 +195,23 @@ def linear_cuda(
     tokens = flat.shape[0]
     out = torch.empty(tokens, weight.out_features, dtype=x.dtype, device=x.device)
     if tokens:
-        step = tokens
+        device = device_of(x.device)
+        if device is None:
+            raise RuntimeError(f"gqsa::linear: the CUDA kernels cannot run on {x.device}")
+        step = {"gemv": 8, "gemm": 64}.get(kernel or "", tokens)
         if x.dtype == torch.float32:
             kernel = "expand"
         elif kernel is None:
-            device = device_of(x.device)
-            if device is None:
-                raise RuntimeError(f"gqsa::linear: the CUDA kernels cannot run on {x.device}")
             invariant = os.environ.get("VLLM_BATCH_INVARIANT") == "1"
             kernel, step = choose_kernel(tokens, weight.in_features, device, invariant)
-        else:
-            step = {"gemv": 8, "gemm": 64}.get(kernel, tokens)
         with _current(x.device):
             if kernel == "expand":
                 _expand_and_multiply(flat, weight, bias, out)
             else:
                 flat, bias = _aligned(flat), None if bias is None else bias.contiguous()
                 for start in range(0, tokens, step):
-                    _multiply(flat[start : start + step], weight, bias, out[start : start + step], kernel, by_slab)
+                    part = slice(start, start + step)
+                    _multiply(flat[part], weight, bias, out[part], kernel, by_slab, device)
     return out.view(*x.shape[:-1], weight.out_features)
 
 
@@ -218,10 +223,14 @@ def _aligned(x: torch.Tensor) -> torch.Tensor:
 
 
 def _multiply(
-    x: torch.Tensor, weight: SlabMatrix, bias: torch.Tensor | None, out: torch.Tensor, kernel: str, by_slab: bool
+    x: torch.Tensor,
+    weight: SlabMatrix,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    kernel: str,
+    by_slab: bool,
+    device: Device,
 ) -> None:
-    device = device_of(x.device)
-    assert device is not None
     tokens = x.shape[0]
     sizes, rows = ((1, 2, 4, 8), _LANES) if kernel == "gemv" else ((16, 32, 64), _PANEL_ROWS)
     blocks = _count_blocks(weight, rows, device.multiprocessors)
