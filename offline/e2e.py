@@ -78,6 +78,20 @@ class EndToEndJob:
     state: Path
     progress: Callable[[int, int], None]
 
+    def linear(self, _name: str, dense: Any, matrix: GroupSparseMatrix | None) -> TrainedLinear:  # noqa: ANN401
+        """What a linear of the model is while it is trained.
+
+        Args:
+            _name: its full name.
+            dense: the linear, without weights.
+            matrix: what the stage before made of it; None before pruning.
+        """
+        if matrix is None:
+            shape = (dense.out_features, dense.in_features)
+            return MaskedLinear(shape, self.recipe.group_size, dense.bias, self.device)
+        frozen = not isinstance(self.settings, Distillation)
+        return GroupSparseLinear(matrix, dense.bias, self.device, frozen_codes=frozen)
+
 
 def train_end_to_end(job: EndToEndJob) -> tuple[list[CompressedBlock], dict[str, Any]]:
     """Train, or go on training.
@@ -117,7 +131,7 @@ class _Student:
         self.linears: dict[str, TrainedLinear] = {}
         for names, block in zip(job.linears, job.blocks, strict=True):
             for name in names:
-                self.linears[name] = _linear(job, self.model.get_submodule(name), block.matrices.get(name))
+                self.linears[name] = job.linear(name, self.model.get_submodule(name), block.matrices.get(name))
                 self.model.set_submodule(name, self.linears[name])
         load_weights(self.model, job.model, job.model.config, job.device)
         with torch.no_grad():
@@ -150,13 +164,6 @@ class _Student:
         return done
 
 
-def _linear(job: EndToEndJob, dense: Any, matrix: GroupSparseMatrix | None) -> TrainedLinear:  # noqa: ANN401
-    if matrix is None:
-        shape = (dense.out_features, dense.in_features)
-        return MaskedLinear(shape, job.recipe.group_size, dense.bias, job.device)
-    return GroupSparseLinear(matrix, dense.bias, job.device, frozen_codes=not isinstance(job.settings, Distillation))
-
-
 class _Pruning:
     """Chooses the mask anew every few steps; does nothing in stages that leave the mask as it is."""
 
@@ -187,7 +194,9 @@ class _Pruning:
                 linear.importance.fill_(1.0)
 
     def before_step(self, step: int) -> None:
-        """Choose, if it is time to."""
+        """Choose, if it is time to; once the last choice is made, train what will be stored."""
+        for linear in self._linears.values():
+            linear.rounded = step >= self._last
         if step > self._last or (step % self._interval and step != self._last):
             return
         rest = 1 - step / self._last if self._last else 0.0
@@ -276,6 +285,7 @@ def _train(job: EndToEndJob, student: _Student, losses: _Losses) -> dict[str, An
             _save(job, student, optimizer, {**state, "masks": pruning.masks()})
             saved = time.monotonic()
         job.progress(step + 1, steps)
+    pruning.before_step(steps)  # a run that had only the end left judges rounded weights too
     return {
         "loss": {"kl": "KL divergence from the dense model", "ce": "cross-entropy"}[job.settings.loss],
         "before": state["before"],

@@ -26,7 +26,7 @@ from vllm_gqsa.offline.training import resolve_precision
 from vllm_gqsa.offline.training_report import TRAINING_FILE, TRAINING_PICTURE, collect, plot
 from vllm_gqsa.offline.writer import CompressedSource, write_rest
 
-__all__ = ["RECIPE_FILE", "Job", "check_layers", "compress"]
+__all__ = ["RECIPE_FILE", "Job", "check_layers", "compress", "split_text"]
 
 RECIPE_FILE = "gqsa_recipe.yaml"
 """The recipe, every setting written out, beside the checkpoint."""
@@ -158,7 +158,7 @@ def compress(job: Job, progress: Progress) -> dict[str, Any]:
     family = family_of(model.config)
     shapes = check_layers(model, family, job.recipe)
     check_context(job.recipe.context, model.config)
-    calibration, training, evaluation, text = _windows(job, model)
+    calibration, training, evaluation, text = split_text(job, model)
     device = torch.device(job.device)
     run = {
         "vllm_gqsa": vllm_gqsa.__version__,
@@ -200,8 +200,12 @@ def compress(job: Job, progress: Progress) -> dict[str, Any]:
     return report
 
 
-def _windows(job: Job, model: DenseModel) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, str]:
-    """Windows to calibrate on, to train on end to end, to measure perplexity on, and the name of the latter."""
+def split_text(job: Job, model: DenseModel) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, str]:
+    """Windows to calibrate on, to train on end to end, to measure perplexity on, and the name of the latter.
+
+    Raises:
+        InputError: there is not enough text.
+    """
     tokenizer, recipe = model.tokenizer(), job.recipe
     training = sum(stage.steps(recipe.context) * stage.batch for stage in recipe.whole_model_stages().values())
     # Eight times as many samples as are asked for are read, so that the choice is spread over the text.

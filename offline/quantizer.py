@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from vllm_gqsa.format import GroupSparseMatrix, decode_scale_zero, round_scale, unpack_nibbles
+from vllm_gqsa.format import GroupSparseMatrix, decode_scale_zero, quantize_groups, round_scale, unpack_nibbles
 from vllm_gqsa.offline.mask import choose_groups
 
 __all__ = ["GroupSparseLinear", "MaskedLinear", "TrainedLinear", "fake_quantize"]
@@ -169,12 +169,31 @@ class GroupSparseLinear(nn.Module):
         return GroupSparseMatrix.from_codes(codes.cpu(), scale.cpu(), zeros.to("cpu", torch.uint8), keep)
 
 
+class _RoundKept(torch.autograd.Function):
+    """Rounds the kept groups to nearest as the format does; gradients pass straight through to them."""
+
+    @staticmethod
+    def forward(ctx: Any, groups: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:  # noqa: ANN401
+        ctx.save_for_backward(keep)
+        codes, scales, zeros = quantize_groups(groups[keep])
+        rounded = torch.zeros_like(groups)
+        rounded[keep] = (codes.float() - zeros[:, None]) * scales[:, None]
+        return rounded
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # noqa: ANN401
+        (keep,) = ctx.saved_tensors
+        return grad * keep[..., None], None
+
+
 class MaskedLinear(nn.Module):
-    """A linear that is being pruned: all weights are parameters, not yet rounded, and a mask blanks some groups.
+    """A linear that is being pruned: all weights are parameters, and a mask blanks some groups.
 
     Attributes:
         weight: float32 ``[out_features, in_features]``.
         keep: bool ``[out_features, groups]``, the mask.
+        rounded: multiply by the kept weights as they will be stored, rather than as they are.
         importance: float32 ``[in_features]``, mean square of the input.
         bias: as in the dense linear, or None.
     """
@@ -194,6 +213,7 @@ class MaskedLinear(nn.Module):
         self._shape = (shape[0], shape[1] // group_size, group_size)
         self.weight = nn.Parameter(torch.empty(shape, device="meta"))
         self.keep = torch.ones(self._shape[:2], dtype=torch.bool, device=device)
+        self.rounded = False
         self.importance = torch.zeros(shape[1], device=device)
         self.bias = bias
 
@@ -214,8 +234,9 @@ class MaskedLinear(nn.Module):
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """``[..., in_features]`` to ``[..., out_features]``."""
-        weight = (self.weight.view(self._shape) * self.keep[..., None]).view_as(self.weight)
-        return nn.functional.linear(inputs, weight, self.bias)
+        groups = self.weight.view(self._shape)
+        weight = _RoundKept.apply(groups, self.keep) if self.rounded else groups * self.keep[..., None]
+        return nn.functional.linear(inputs, weight.view_as(self.weight), self.bias)
 
     @torch.no_grad()
     def matrix(self) -> GroupSparseMatrix:

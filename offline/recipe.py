@@ -82,13 +82,14 @@ class WholeModel(Training):
 
 
 class GradualPruning(WholeModel):
-    """Pruning while the whole model is trained, in place of pruning at one stroke; INT4 by rounding at its end.
+    """Pruning while the whole model is trained, in place of pruning at one stroke.
 
     The share of pruned groups rises from none, fast at first (1 - (1 - t)^3, Zhu and Gupta, arXiv 1710.01878), and each
-    choice is made anew from the weights as they are by then: w^2 times the mean square of the input (Wanda).
+    choice is made anew from the weights as they are by then: w^2 times the mean square of the input (Wanda). Once the
+    last choice is made, the kept weights are rounded to INT4 in every step, gradients passing straight through.
     """
 
-    weight_lr: float = Field(default=5e-4, ge=0)
+    weight_lr: float = Field(default=1e-3, ge=0)
     """Learning rate of the weights."""
     ramp: float = Field(default=0.6, ge=0, lt=1)
     """Share of the steps in which the share of pruned groups rises."""
@@ -252,22 +253,9 @@ def _first_error(error: ValidationError) -> str:
 
 NAMED: Mapping[str, Recipe] = {
     "one-shot": Recipe(),
-    "quick": Recipe(
-        pattern="matrix",
-        prune=GradualPruning(tokens=80_000, batch=1),
-        distill=Distillation(tokens=30_000, batch=1, weight_lr=3e-4),
-    ),
-    "default": Recipe(
-        pattern="matrix",
-        prune=GradualPruning(tokens=400_000, batch=1),
-        distill=Distillation(tokens=150_000, batch=1, weight_lr=3e-4),
-    ),
-    "best": Recipe(
-        pattern="matrix",
-        prune=GradualPruning(tokens=3_000_000, batch=2),
-        distill=Distillation(tokens=1_000_000, batch=2, weight_lr=3e-4),
-        oqp=EndToEnd(tokens=250_000),
-    ),
+    "quick": Recipe(pattern="matrix", prune=GradualPruning(tokens=110_000, batch=1)),
+    "default": Recipe(pattern="matrix", prune=GradualPruning(tokens=550_000, batch=1)),
+    "best": Recipe(pattern="matrix", prune=GradualPruning(tokens=4_000_000, batch=2)),
     "blockwise": Recipe(bqpo=BlockTraining()),
 }
 """Recipes by name. ``blockwise`` is for models too large to be trained as a whole."""

@@ -88,6 +88,25 @@ def test_pruned_groups_are_zero_and_the_least_important_ones():
     assert torch.equal(matrix.keep(), linear.keep)
 
 
+def test_once_rounded_it_trains_what_will_be_stored():
+    linear = MaskedLinear((8, 64), 16, None, torch.device("cpu"))
+    linear.weight = torch.nn.Parameter(torch.randn(8, 64, generator=torch.Generator().manual_seed(0)))
+    linear.importance += 1
+    linear.prune(0.5, "matrix")
+    linear.rounded = True
+    used = linear(torch.eye(64)).T
+    assert torch.equal(used, linear.matrix().to_dense())
+    used.backward(torch.ones(8, 64))
+    assert torch.equal(linear.weight.grad.view(8, 4, 16), linear.keep[..., None].expand(8, 4, 16).float())
+
+
+def test_the_loss_that_pruning_reports_is_that_of_the_stored_model(dense, text, tmp_path):
+    recipe = GRADUAL.model_copy(update={"distill": GRADUAL.distill.model_copy(update={"weight_lr": 1e-9})})
+    compress(job(dense("llama"), text, tmp_path / "out", recipe), silent)
+    found = facts(tmp_path / "out")
+    assert found["prune"]["after"] == pytest.approx(found["distill"]["before"], rel=1e-5)
+
+
 def test_the_mask_is_chosen_anew_from_the_weights_of_the_moment():
     linear = MaskedLinear((4, 64), 16, None, torch.device("cpu"))
     linear.weight = torch.nn.Parameter(torch.ones(4, 64))

@@ -82,14 +82,17 @@ def test_options_change_a_recipe_from_a_file(dense, text, tmp_path, monkeypatch,
     assert run(monkeypatch, capsys, *again)[0] == 0  # recognised as the same run
 
 
-def test_estimate_covers_the_training_stages(dense, monkeypatch, capsys):
+def test_estimate_covers_the_training_stages(dense, monkeypatch, capsys, tmp_path):
     found = {}
-    for recipe in ("one-shot", "default", "best", "blockwise"):
+    path = tmp_path / "all.yaml"
+    stage = {"tokens": 1000}
+    path.write_text(Recipe(prune=stage, distill=stage, oqp=stage).to_yaml())
+    for recipe in ("one-shot", "default", "best", "blockwise", path):
         _, out, _ = run(monkeypatch, capsys, "estimate", dense("llama"), "--recipe", recipe, "--context", 48, "--json")
         found[recipe] = json.loads(out)
     assert set(found["one-shot"]["training"]) == set()
-    assert set(found["default"]["training"]) == {"prune", "distill"}
-    assert set(found["best"]["training"]) == {"prune", "distill", "oqp"}
+    assert set(found["default"]["training"]) == set(found["best"]["training"]) == {"prune"}
+    assert set(found[path]["training"]) == {"prune", "distill", "oqp"}
     assert set(found["blockwise"]["training"]) == {"bqpo"}
     assert found["best"]["disk_bytes"] > found["one-shot"]["disk_bytes"]
     _, out, _ = run(monkeypatch, capsys, "estimate", dense("llama"), "--recipe", "best", "--context", 48)
