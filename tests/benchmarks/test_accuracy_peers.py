@@ -125,7 +125,7 @@ def test_weights_that_are_not_what_is_counted_are_refused():
 @pytest.fixture(scope="module")
 def python():
     """Of the environment that `make accuracy` uses; made where it is not there yet."""
-    return peers.install(ROOT / "build" / "accuracy" / "peers", print)
+    return peers.install(ROOT / "build" / "accuracy" / "peers-venv", print)
 
 
 @pytest.fixture(scope="module")
