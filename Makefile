@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test cuda-check gpu gpu-site matrix fuzz load dist lint format types demo bench-cpu clean
+.PHONY: help setup test cuda-check gpu gpu-site matrix fuzz load accuracy dist lint format types demo bench-cpu clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +46,10 @@ fuzz: setup ## Spoil thousands of checkpoints and load them: SEED=0 CASES=5000
 
 load: setup ## Serve SmolLM2 to 32 clients at once, some of which misbehave (about 10 minutes)
 	$(BIN)/python -m benchmarks.load
+
+# What it is to measure, on which text: make accuracy ARGUMENTS="--calibration web.jsonl --text wikitext2=test.txt"
+accuracy: setup ## Compare GQSA with other methods of compression on one model (hours on a CPU; resumes)
+	$(BIN)/python -m benchmarks.accuracy $(ARGUMENTS)
 
 # For every supported GPU, whatever is in this machine.
 dist: setup ## Build the wheel and the source distribution, and install both into fresh environments

@@ -1,0 +1,91 @@
+"""What was measured, as Markdown and as a picture of perplexity against bits."""
+
+from pathlib import Path
+from typing import Any
+
+from benchmarks.accuracy.methods import ABLATIONS
+from benchmarks.tables import NONE, number, table
+
+__all__ = ["markdown", "plot"]
+
+Row = dict[str, Any]
+
+
+def markdown(document: Row) -> str:
+    """The whole report.
+
+    Args:
+        document: as written to JSON.
+    """
+    budget = document["budget"]
+    lines = [
+        f"# Accuracy: {document['model']}",
+        "",
+        f"Every method had {budget['samples']} windows of {budget['context']} tokens to calibrate on, the same ones; "
+        f"those that train end to end saw {budget['tokens']:,} tokens of the same text, or as many as their row says. "
+        "Bits are those of the compressed linears, scales, zero points and indices included; head and embedding are "
+        "dense in all rows. Minutes: to make the model, on the machine named in the JSON, whatever else ran on it.",
+        "",
+        f"{document['date']}; " + ", ".join(f"{name} {version}" for name, version in document["versions"].items()),
+    ]
+    for name in ("main", *ABLATIONS):
+        rows = [row for row in document["methods"] if name in row["tables"]]
+        if rows:
+            lines += ["", f"## {name.capitalize()}", "", *_table(rows)]
+    return "\n".join(lines) + "\n"
+
+
+def _table(rows: list[Row]) -> list[str]:
+    scores = list(dict.fromkeys(_label(score) for row in rows for score in row["scores"]))
+    tasks = list(dict.fromkeys(task["task"] for row in rows for task in row["tasks"]))
+    body = []
+    for row in rows:
+        found = {_label(score): score["perplexity"] for score in row["scores"]}
+        accuracy = {task["task"]: _accuracy(task) for task in row["tasks"]}
+        body.append([
+            row["method"], number(row["bits_per_weight"]),
+            *(number(found.get(score), 1) for score in scores), *(accuracy.get(task, NONE) for task in tasks),
+            f"{row['tokens_trained']:,}", number(row["minutes"], 0),
+        ])  # fmt: skip
+    return table(["method", "bits a weight", *scores, *tasks, "tokens trained on", "minutes"], body)
+
+
+def _label(score: Row) -> str:
+    return f"{score['text']}, context {score['context']} ({score['tokens']:,} tokens)"
+
+
+def _accuracy(task: Row) -> str:
+    # Length-normalised where there are choices of different lengths, as is usual for these sets.
+    value = task.get("acc_norm", task.get("acc"))
+    return number(None if value is None else 100 * value, 1, " %")
+
+
+def plot(document: Row, path: Path) -> None:
+    """Write a picture of the main rows: perplexity on the first text against bits a weight.
+
+    Args:
+        document: as written to JSON.
+        path: PNG.
+    """
+    import matplotlib as mpl  # noqa: PLC0415 - slow to import
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt  # noqa: PLC0415
+
+    figure, axis = plt.subplots(figsize=(9, 6))
+    rows = [row for row in document["methods"] if "main" in row["tables"] and row["scores"]]
+    for row in rows:
+        score = row["scores"][0]
+        if row["bits_per_weight"] == 16:
+            axis.axhline(score["perplexity"], color="gray", linestyle=":", label="dense")
+            continue
+        ours = row["method"].startswith("W4S")
+        axis.scatter(row["bits_per_weight"], score["perplexity"], color="tab:blue" if ours else "tab:orange")
+        axis.annotate(row["method"], (row["bits_per_weight"], score["perplexity"]), xytext=(4, 4),
+                      textcoords="offset points", fontsize=8)  # fmt: skip
+    axis.set(xlabel="bits a weight, all included", ylabel="perplexity", yscale="log", title=document["model"])
+    if rows:
+        axis.set_title(f"{document['model']}: {_label(rows[0]['scores'][0])}")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

@@ -1,0 +1,221 @@
+"""Makes the models of the table and scores them; what is done already is not done again."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from benchmarks.accuracy import peers
+from benchmarks.accuracy.methods import Method
+from benchmarks.accuracy.rivals import train_rival
+from benchmarks.errors import BenchmarkError
+from benchmarks.machine import processor
+from vllm_gqsa.offline.files import write_json
+from vllm_gqsa.offline.pipeline import Job, split_text
+from vllm_gqsa.offline.recipe import Recipe
+from vllm_gqsa.offline.source import DenseModel
+from vllm_gqsa.offline.text import TextSource
+
+__all__ = ["Bench", "Score"]
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Score:
+    """One perplexity to measure.
+
+    Attributes:
+        label: of the text.
+        text: file.
+        context: tokens a window.
+        windows: use only the first; all if None.
+    """
+
+    label: str
+    text: Path
+    context: int
+    windows: int | None
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where things are.
+
+    Attributes:
+        model: dense folder.
+        calibration: .jsonl of all text to calibrate and train on.
+        folder: for the models and what is known of them.
+        scores: perplexities to measure.
+        tasks: task files to score by `gqsa eval --task`.
+        limit: items of each task; all if None.
+        recipe: samples, context and tokens that peers get their calibration windows by.
+        device: torch device.
+        say: told what is being done.
+    """
+
+    model: Path
+    calibration: Path
+    folder: Path
+    scores: tuple[Score, ...]
+    tasks: tuple[Path, ...]
+    limit: int | None
+    recipe: Recipe
+    device: str
+    say: Say
+
+    def row(self, method: Method) -> dict[str, Any]:
+        """Make and score a method's model.
+
+        Returns:
+            What stands in the JSON for it, a list ``scores`` among it.
+
+        Raises:
+            BenchmarkError: a step failed.
+        """
+        place = self.folder / method.slug
+        place.mkdir(parents=True, exist_ok=True)
+        self.say(f"{method.name} ({place})")
+        with _clock(place):
+            model, bits = self._make(method, place)
+        facts = {
+            "method": method.name, "tables": list(method.tables), "bits_per_weight": bits,
+            "tokens_trained": method.tokens, "minutes": _minutes(place), "machine": processor(),
+        }  # fmt: skip
+        return facts | {
+            "scores": [self._score(place, model, score) for score in self.scores],
+            "tasks": self._tasks(place, model),
+        }
+
+    def _make(self, method: Method, place: Path) -> tuple[Path, float]:
+        """The model's folder, and bits a weight of its compressed linears."""
+        if method.recipe is None and method.peer is None:
+            return self.model, 16.0
+        if method.peer is None:
+            assert method.recipe is not None
+            return self._ours(method.recipe, place)
+        spec = peers.PEERS[method.peer]
+        begin = self._peer(method.peer)
+        if method.recipe is None:
+            return begin, spec.bits_per_weight
+        output = place / "model"
+        if not (output / "config.json").exists():
+            windows = self._windows(method.recipe)[1]
+            unfinished = place / "model.partial"
+            folders = self.model, begin, unfinished
+            train_rival(spec, folders, method.recipe, windows, self.device, self._progress("training"))
+            unfinished.rename(output)
+        return output, spec.bits_per_weight
+
+    def _ours(self, recipe: Recipe, place: Path) -> tuple[Path, float]:
+        output, file = place / "model", place / "recipe.yaml"
+        file.write_text(recipe.to_yaml(), "utf-8")
+        if not (output / "config.json").exists():
+            # The perplexity for the card is not what is reported here, so it is measured on little.
+            _gqsa(
+                "compress", str(self.model), str(output), "--recipe", str(file), "--calibration", str(self.calibration),
+                "--eval-windows", "2", "--device", self.device,
+            )  # fmt: skip
+        return output, float(_gqsa_json("inspect", str(output))["bits_per_weight"])
+
+    def _peer(self, name: str) -> Path:
+        """The folder a peer leaves; several rows may begin with it."""
+        output = self.folder / "peers" / name
+        if not (output / "config.json").exists():
+            output.parent.mkdir(parents=True, exist_ok=True)
+            windows = self.folder / "peers" / "windows.safetensors"
+            save_file({"tokens": self._windows(self.recipe)[0].long()}, windows)
+            python = peers.install(self.folder / "peers-venv", self.say)
+            unfinished = output.with_name(f"{name}.partial")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            peers.compress(python, name, self.model, windows, unfinished)
+            unfinished.rename(output)
+        return output
+
+    def _windows(self, recipe: Recipe) -> tuple[torch.Tensor, torch.Tensor]:
+        """Windows to calibrate on and to train on, as `gqsa compress` would choose them."""
+        job = Job(str(self.model), Path(), recipe, TextSource(str(self.calibration)), evaluation_windows=2)
+        calibration, training, *_ = split_text(job, DenseModel(str(self.model)))
+        return calibration, training
+
+    def _score(self, place: Path, model: Path, score: Score) -> dict[str, Any]:
+        name = f"ppl-{score.label}-{score.context}-{score.windows or 'all'}.json"
+        asked = ["--max-windows", str(score.windows)] if score.windows else []
+
+        def measure() -> dict[str, Any]:
+            found = _gqsa_json(
+                "eval", str(model), "--text", str(score.text), "--context", str(score.context),
+                "--device", self.device, *asked,
+            )  # fmt: skip
+            kept = {key: found[key] for key in ("perplexity", "tokens", "windows", "context")}
+            return {"text": score.label, **kept}
+
+        return _once(place / name, measure)
+
+    def _tasks(self, place: Path, model: Path) -> list[dict[str, Any]]:
+        asked = ["--limit", str(self.limit)] if self.limit else []
+
+        def measure(task: Path) -> dict[str, Any]:
+            return dict(_gqsa_json("eval", str(model), "--task", str(task), "--device", self.device, *asked))
+
+        return [_once(place / f"task-{t.stem}-{self.limit or 'all'}.json", partial(measure, t)) for t in self.tasks]
+
+    def _progress(self, what: str) -> Callable[[int, int], None]:
+        def progress(done: int, total: int) -> None:
+            if done % max(1, total // 20) == 0 or done == total:
+                self.say(f"  {what}: {done} of {total}")
+
+        return progress
+
+
+@contextmanager
+def _clock(place: Path) -> Iterator[None]:
+    """Adds the minutes to those of earlier attempts, if it took any."""
+    start = time.monotonic()
+    try:
+        yield
+    finally:
+        minutes = (time.monotonic() - start) / 60
+        if minutes > 0.1:
+            write_json(place / "minutes.json", {"minutes": _minutes(place) + minutes})
+
+
+def _minutes(place: Path) -> float:
+    path = place / "minutes.json"
+    return float(json.loads(path.read_text("utf-8"))["minutes"]) if path.exists() else 0.0
+
+
+def _once(path: Path, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What the file holds, or what is measured now and written there."""
+    if path.exists():
+        found: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        return found
+    found = measure()
+    write_json(path, found)
+    return found
+
+
+def _gqsa(*arguments: str) -> None:
+    command = [sys.executable, "-m", "vllm_gqsa.offline", *arguments]
+    status = subprocess.call(command)
+    if status:
+        raise BenchmarkError(f"gqsa {' '.join(arguments)} failed with status {status}; its message stands above")
+
+
+def _gqsa_json(*arguments: str) -> Mapping[str, Any]:
+    command = [sys.executable, "-m", "vllm_gqsa.offline", *arguments, "--json"]
+    run = subprocess.run(command, stdout=subprocess.PIPE, check=False)
+    if run.returncode:
+        raise BenchmarkError(f"gqsa {' '.join(arguments)} failed with status {run.returncode}; see above")
+    found: Mapping[str, Any] = json.loads(run.stdout)
+    return found

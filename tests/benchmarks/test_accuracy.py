@@ -1,0 +1,151 @@
+"""The table of methods: tiny models through all of it but the peers' packages, which have their own test."""
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from benchmarks.accuracy import __main__ as command, peers
+from benchmarks.accuracy.methods import ABLATIONS, Budget, methods, select
+from benchmarks.accuracy.report import markdown, plot
+from benchmarks.accuracy.rivals import GroupQuantizedLinear
+from tests.offline.conftest import dense, text, tokenizer  # noqa: F401 - fixtures
+from vllm_gqsa.offline.pipeline import Job, split_text
+from vllm_gqsa.offline.source import DenseModel
+from vllm_gqsa.offline.text import TextSource
+
+BUDGET = Budget(tokens=100_000, samples=16, context=64)
+FORMATS = {
+    "W3": peers.Peer("W3", "gptq", "llmcompressor", bits=3, group_size=32),
+    "2:4": peers.Peer("2:4", "sparsegpt", "llmcompressor", bits=4, group_size=32, kept=2),
+}
+
+
+def test_methods_are_distinct_and_all_trained_ones_get_the_same_tokens():
+    rows = methods(BUDGET)
+    assert len({row.slug for row in rows}) == len({row.name for row in rows}) == len(rows)
+    assert {table for row in rows for table in row.tables} == {"main", *ABLATIONS}
+    trained = {
+        row.tokens for row in rows if row.recipe and (row.recipe.prune or row.recipe.distill) and not row.recipe.oqp
+    }
+    assert max(trained) - min(trained) <= 2 * 64  # each stage is rounded up to whole windows
+    assert min(trained) >= 100_000
+    assert {row.peer for row in rows if row.peer} <= set(peers.PEERS)
+
+
+def test_select_takes_whole_names():
+    assert [row.name for row in select(methods(BUDGET), "W4S50 G16|dense")] == ["dense", "W4S50 G16"]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_rival_stays_in_its_format(name):
+    peer = FORMATS[name]
+    torch.manual_seed(0)
+    weight = torch.randn(6, 64)
+    if peer.kept < 4:
+        weight[:, ::2] = 0
+    linear = GroupQuantizedLinear(weight, None, peer)
+    x, target = torch.randn(50, 64), torch.randn(50, 6)
+    optimizer = torch.optim.Adam(linear.parameters(), 1e-2)
+    losses = []
+    for _ in range(30):
+        loss = (linear(x) - target).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+    stored = linear.matrix()
+    levels = max(len(group.unique()) for group in stored.view(-1, 32))
+    assert 2 < levels <= 2**peer.bits
+    assert bool((stored[:, ::2] == 0).all()) == (peer.kept < 4)
+    assert torch.equal(linear(x), torch.nn.functional.linear(x, stored))
+
+
+@pytest.fixture
+def run(dense, text, tmp_path, monkeypatch):  # noqa: F811
+    """``run(only, *arguments)``: the command on a tiny model; peers round to nearest in place of their packages."""
+    calls = []
+
+    def compress(_python, name, model, windows, output):
+        calls.append(name)
+        assert load_file(windows)["tokens"].shape == (4, 32)
+        made = AutoModelForCausalLM.from_pretrained(model)
+        for linear in made.model.modules():
+            if isinstance(linear, torch.nn.Linear):
+                linear.weight.data = GroupQuantizedLinear(linear.weight.data, None, FORMATS["W3"]).matrix()
+        made.save_pretrained(output)
+        for path in model.glob("*token*"):
+            (output / path.name).write_bytes(path.read_bytes())
+
+    monkeypatch.setattr(peers, "install", lambda *_: "python")
+    monkeypatch.setattr(peers, "compress", compress)
+    monkeypatch.setattr(peers, "PEERS", dict.fromkeys(peers.PEERS, FORMATS["W3"]))
+
+    def run(only, *arguments):
+        status = command.main([
+            "--model", str(dense("llama")), "--calibration", str(text), "--text", f"words={text}", "--contexts", "64",
+            "--windows", "6", "--tokens", "320", "--samples", "4", "--context", "32", "--only", only,
+            "--folder", str(tmp_path / "models"), "--results", str(tmp_path), *arguments,
+        ])  # fmt: skip
+        path = tmp_path / "accuracy-llama.json"
+        return status, json.loads(path.read_text()) if path.exists() else None
+
+    run.calls, run.folder = calls, tmp_path
+    return run
+
+
+def test_the_whole_command(run, capsys):
+    only = r"dense|W4S50 G16|GPTQ W3 g64|W3 g64 \+ distillation"
+    status, document = run(only)
+    assert status == 0, capsys.readouterr().err
+    rows = {row["method"]: row for row in document["methods"]}
+    assert list(rows) == ["dense", "W4S50 G16", "GPTQ W3 g64", "W3 g64 + distillation"]
+    assert run.calls == ["gptq-w3"]  # once, for two rows
+    perplexities = {name: row["scores"][0]["perplexity"] for name, row in rows.items()}
+    assert all(math.isfinite(value) for value in perplexities.values())
+    assert len(set(perplexities.values())) == 4
+    assert [row["tokens_trained"] for row in rows.values()] == [0, 320, 0, 320]
+    assert rows["W4S50 G16"]["bits_per_weight"] == pytest.approx(2.8, abs=0.3)  # small matrices have long indices
+    assert (run.folder / "accuracy-llama.md").read_text() in capsys.readouterr().out
+    assert (run.folder / "accuracy-llama.png").stat().st_size > 5000
+
+    assert run(only)[1]["methods"] == document["methods"]  # nothing is made or measured again
+    assert run.calls == ["gptq-w3"]
+    status, _ = run(only, "--tokens", "640")
+    assert status == 1
+    assert "holds models of another budget" in capsys.readouterr().err
+
+
+def test_a_method_that_is_not_there(run, capsys):
+    assert run("W5") == (1, None)
+    assert "--only W5: no method has such a name" in capsys.readouterr().err
+
+
+def test_peers_get_the_windows_that_our_own_methods_get(dense, text):  # noqa: F811
+    trained, peer = (methods(Budget(320, 4, 32))[i].recipe for i in (1, 1))
+    job = Job(str(dense("llama")), text, trained, TextSource(str(text)), evaluation_windows=2)
+    calibration, training, *_ = split_text(job, DenseModel(job.model))
+    assert calibration.shape == (peer.samples, 32)
+    assert training.numel() >= 320
+
+
+def test_report_of_rows_with_different_scores(tmp_path):
+    def row(name, tables, **scores):
+        found = [{"text": t, "context": 64, "tokens": 63, "perplexity": p} for t, p in scores.items()]
+        return {"method": name, "tables": tables, "bits_per_weight": 2.57, "scores": found, "tokens_trained": 9,
+                "tasks": [{"task": "piqa", "acc": 0.6, "acc_norm": 0.625}], "minutes": 1.0}  # fmt: skip
+
+    document = {
+        "model": "m", "date": "today", "versions": {"torch": "2"}, "budget": {"samples": 1, "context": 2, "tokens": 3},
+        "methods": [row("a", ["main", "scope"], wiki=20.0), row("b", ["main"], wiki=30.0, web=40.0)],
+    }  # fmt: skip
+    lines = markdown(document).splitlines()
+    assert "| a | 2.57 | 20.0 | – | 62.5 % | 9 | 1 |" in lines
+    assert "| b | 2.57 | 30.0 | 40.0 | 62.5 % | 9 | 1 |" in lines
+    assert [line for line in lines if line.startswith("## ")] == ["## Main", "## Scope"]
+    plot(document, tmp_path / "p.png")
+    assert (tmp_path / "p.png").stat().st_size > 5000
