@@ -1,6 +1,7 @@
 """The ``gqsa`` command line: thin; everything it does is a function elsewhere in this package."""
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -127,12 +128,22 @@ Ignore = Annotated[
 def main() -> None:
     """Entry point: errors a person can mend become one sentence on stderr and exit code 2."""
     try:
-        app()
+        if "TORCHELASTIC_RUN_ID" in os.environ and os.environ["WORLD_SIZE"] != "1":
+            _under_torchrun()
+        else:
+            app()
     except (InputError, FormatError, ModuleNotFoundError) as error:
         if isinstance(error, ModuleNotFoundError):
             error = missing_extra(error)
         _err.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)
+
+
+def _under_torchrun() -> None:
+    from vllm_gqsa.offline.parallel import run
+    from vllm_gqsa.offline.passes import follow
+
+    run(app, follow)
 
 
 def _recipe(name: str, **settings: Any) -> Recipe:  # noqa: ANN401

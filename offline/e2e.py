@@ -2,7 +2,7 @@
 
 Each reads the shards of the stage before it (pruning, the first, the dense model) and writes shards of the same kind.
 The state of the training is saved every few minutes; a run that was killed goes on from there and ends with the same
-bytes.
+bytes. Under ``torchrun`` several processes share the windows of each step, see :mod:`vllm_gqsa.offline.parallel`.
 """
 
 import functools
@@ -16,7 +16,9 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from vllm_gqsa.experts import MIXTURES
 from vllm_gqsa.format import GroupSparseMatrix
+from vllm_gqsa.offline import parallel
 from vllm_gqsa.offline.block import CompressedBlock
 from vllm_gqsa.offline.errors import InputError
 from vllm_gqsa.offline.families import Family
@@ -58,7 +60,7 @@ class EndToEndJob:
         blocks: what the stage before made, one a block; empty ones begin at the dense model.
         windows: tokens to train on, ``[windows, context]``; all but the last :data:`_JUDGES` (or an eighth).
         first: windows that the stages before have used; training goes on behind them.
-        batch: windows at a time through the model.
+        batch: windows at a time through the model, in each process.
         device: where to compute.
         state: file for the state of the training.
         progress: called with steps done and steps in all.
@@ -107,7 +109,8 @@ def train_end_to_end(job: EndToEndJob) -> tuple[list[CompressedBlock], dict[str,
     with reproducible(job.device):
         student = _Student(job)
         teacher = _teacher(job) if job.settings.loss == "kl" else None
-        losses = _Losses(job, student.model, teacher)
+        model = parallel.wrap(student.model, may_skip=job.model.config.model_type in MIXTURES)
+        losses = _Losses(job, model, teacher)
         facts = _train(job, student, losses)
     facts["kept"] = isinstance(job.settings, GradualPruning) or facts["after"] <= facts["before"]
     return (student.blocks() if facts["kept"] else job.blocks), facts
@@ -189,6 +192,7 @@ class _Pruning:
             model(part.to(self._job.device), use_cache=False, logits_to_keep=1)
         for hook in hooks:
             hook.remove()
+        parallel.make_same(linear.importance for linear in self._linears.values())
         for linear in self._linears.values():
             if not linear.importance.any():  # an expert that was never chosen: all its inputs count alike
                 linear.importance.fill_(1.0)
@@ -228,19 +232,24 @@ class _Losses:
             windows: tokens ``[windows, context]``.
             backward: add up gradients.
         """
+        *parts, last = windows.split(self._job.batch)
         total = 0.0
-        for part in windows.split(self._job.batch):
-            tokens = part.to(self._job.device)
-            with torch.no_grad():
-                wanted = None if self._teacher is None else self._teacher(tokens, use_cache=False).logits
-            with torch.set_grad_enabled(backward), arithmetic(self._precision, self._job.device):
-                logits = self._student(tokens, use_cache=False).logits
-            with torch.set_grad_enabled(backward):
-                loss = self._of_logits(logits, wanted, tokens) * (len(part) / len(windows))
-            if backward:
-                loss.backward()
-            total += float(loss.detach())
-        return total
+        with parallel.apart(self._student):
+            for part in parts:
+                total += self._of_part(part, len(part) / len(windows), backward=backward)
+        return total + self._of_part(last, len(last) / len(windows), backward=backward)
+
+    def _of_part(self, part: torch.Tensor, weight: float, *, backward: bool) -> float:
+        tokens = part.to(self._job.device)
+        with torch.no_grad():
+            wanted = None if self._teacher is None else self._teacher(tokens, use_cache=False).logits
+        with torch.set_grad_enabled(backward), arithmetic(self._precision, self._job.device):
+            logits = self._student(tokens, use_cache=False).logits
+        with torch.set_grad_enabled(backward):
+            loss = self._of_logits(logits, wanted, tokens) * weight
+        if backward:
+            loss.backward()
+        return float(loss.detach())
 
     def _of_logits(self, logits: torch.Tensor, wanted: torch.Tensor | None, tokens: torch.Tensor) -> torch.Tensor:
         pieces = []
@@ -277,11 +286,11 @@ def _train(job: EndToEndJob, student: _Student, losses: _Losses) -> dict[str, An
         pruning.before_step(step)
         start = job.first + step * job.settings.batch
         picked = _picked(len(windows), start, job.settings.batch, job.recipe.seed)
-        loss = losses.of(windows[picked], backward=True)
+        loss = parallel.mean(losses.of(windows[parallel.share(picked)], backward=True))
         optimizer.step(step, loss, job.name)
         state["curve"].append(loss)
         state["step"] = step + 1
-        if time.monotonic() - saved >= SAVE_SECONDS or step + 1 == steps:
+        if parallel.is_first() and (time.monotonic() - saved >= SAVE_SECONDS or step + 1 == steps):
             _save(job, student, optimizer, {**state, "masks": pruning.masks()})
             saved = time.monotonic()
         job.progress(step + 1, steps)

@@ -1,14 +1,19 @@
-"""The passes over a model: block after block, end to end, and the head. Each leaves shards, and does nothing twice."""
+"""The passes over a model: block after block, end to end, and the head. Each leaves shards, and does nothing twice.
+
+Of several processes of ``torchrun`` the first makes all passes, the others train with it in those end to end.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from vllm_gqsa.offline import parallel
 from vllm_gqsa.offline.block import BlockContext, CompressedBlock, install
 from vllm_gqsa.offline.e2e import EndToEndJob, train_end_to_end
-from vllm_gqsa.offline.families import Family
+from vllm_gqsa.offline.families import Family, family_of
 from vllm_gqsa.offline.files import PARTIAL, write_json
 from vllm_gqsa.offline.head import compress_head
 from vllm_gqsa.offline.recipe import Recipe
@@ -17,7 +22,7 @@ from vllm_gqsa.offline.stages import stages_of
 from vllm_gqsa.offline.stream import ModelStream, meta_model
 from vllm_gqsa.offline.writer import read_block, shard_paths, write_block, write_head
 
-__all__ = ["Progress", "Work", "run_passes"]
+__all__ = ["Progress", "Work", "follow", "run_passes"]
 
 _JUDGES = 8
 """Calibration windows that the finished model's blocks are compared on."""
@@ -58,6 +63,19 @@ class Work:
     device: torch.device
     memory: float
     progress: Progress
+
+    def to_tell(self) -> dict[str, Any]:
+        """What other processes make theirs of, by :meth:`from_told`; it can be pickled."""
+        own = {"model": self.model.folder, "device": self.device.type, "progress": None}
+        return {name: own.get(name, value) for name, value in vars(self).items() if name != "family"}
+
+    @classmethod
+    def from_told(cls, told: dict[str, Any]) -> "Work":
+        """The same on this process's own device, and silent."""
+        model = DenseModel(str(told["model"]))
+        device = parallel.own_device(told["device"])
+        own = {"model": model, "family": family_of(model.config), "device": device, "progress": lambda *_: None}
+        return cls(**{**told, **own})
 
     def tensor_names(self) -> list[list[str]]:
         """Full names of the dense tensors of every block."""
@@ -105,8 +123,7 @@ def run_passes(work: Work) -> list[Path]:
         if passes[number] == "blocks":
             _compress_blocks(work, blocks[0], names)
         else:
-            before = [work.block(path) for path in blocks[number - 1]] if number else [CompressedBlock() for _ in names]
-            _train(work, passes[number], names, before, blocks[number])
+            _train(work, passes[number], names, blocks[number - 1] if number else None, blocks[number])
     if stages:
         write_json(_facts(work, "final"), {"errors": _final_errors(work, blocks[-1])})
     if work.head is not None:
@@ -152,21 +169,35 @@ def _compress_blocks(work: Work, shards: list[Path], names: list[list[str]]) -> 
             block.advance(inputs, work.batch, work.device)
 
 
-def _train(work: Work, name: str, names: list[list[str]], before: list[CompressedBlock], after: list[Path]) -> None:
-    stages = work.recipe.whole_model_stages()
-    earlier = [stages[n] for n in list(stages)[: list(stages).index(name)]]
-    state = work.folder / f"{name}.state"
-    job = EndToEndJob(
-        name=name, settings=stages[name], recipe=work.recipe, model=work.model, family=work.family,
-        linears=work.linears(), blocks=before, windows=work.training,
-        first=sum(stage.steps(work.recipe.context) * stage.batch for stage in earlier), batch=work.batch,
-        device=work.device, state=state, progress=lambda done, total: work.progress(name, done, total),
-    )  # fmt: skip
+def _train(work: Work, name: str, names: list[list[str]], before: list[Path] | None, after: list[Path]) -> None:
+    parallel.tell((work.to_tell(), name, before))
+    job = _job(work, name, before)
     blocks, facts = train_end_to_end(job)
     write_json(_facts(work, name), facts)
     for shard, tensors, block in zip(after, names, blocks, strict=True):
         write_block(shard, work.model, tensors, block)
-    state.unlink()
+    job.state.unlink()
+
+
+def follow() -> None:
+    """Train with the first process of ``torchrun`` whenever it trains, until it has finished."""
+    while (told := parallel.told()) is not None:
+        shared, name, before = told
+        train_end_to_end(_job(Work.from_told(shared), name, before))
+
+
+def _job(work: Work, name: str, before: list[Path] | None) -> EndToEndJob:
+    linears = work.linears()
+    blocks = [CompressedBlock() for _ in linears] if before is None else [work.block(path) for path in before]
+    stages = work.recipe.whole_model_stages()
+    earlier = [stages[n] for n in list(stages)[: list(stages).index(name)]]
+    return EndToEndJob(
+        name=name, settings=stages[name], recipe=work.recipe, model=work.model, family=work.family, linears=linears,
+        blocks=blocks, windows=work.training,
+        first=sum(stage.steps(work.recipe.context) * stage.batch for stage in earlier), batch=work.batch,
+        device=work.device, state=work.folder / f"{name}.state",
+        progress=lambda done, total: work.progress(name, done, total),
+    )  # fmt: skip
 
 
 def _final_errors(work: Work, shards: list[Path]) -> list[float]:

@@ -11,6 +11,7 @@ import transformers
 
 import vllm_gqsa
 from vllm_gqsa.format import HEAD, CheckpointReader, is_ignored, read_json
+from vllm_gqsa.offline import parallel
 from vllm_gqsa.offline.card import REPORT_FILE, make_report, model_card
 from vllm_gqsa.offline.errors import InputError
 from vllm_gqsa.offline.families import Family, family_of
@@ -79,7 +80,9 @@ class Job:
             "device": (self.device, "cpu"),
             "batch": (self.batch, 8),
         }
-        parts = ["gqsa", "compress", self.model, str(self.output)]
+        count = parallel.processes()
+        torchrun = ["torchrun", "--standalone", f"--nproc-per-node={count}", "-m", "vllm_gqsa.offline"]
+        parts = [*(["gqsa"] if count == 1 else torchrun), "compress", self.model, str(self.output)]
         for name, (value, default) in settings.items():
             if value != default:
                 parts += ["--" + name.replace("_", "-"), str(value)]
@@ -158,13 +161,15 @@ def compress(job: Job, progress: Progress) -> dict[str, Any]:
     family = family_of(model.config)
     shapes = check_layers(model, family, job.recipe)
     check_context(job.recipe.context, model.config)
+    parallel.check_shares(job.recipe)
+    device, count = parallel.own_device(job.device), parallel.processes()
     calibration, training, evaluation, text = split_text(job, model)
-    device = torch.device(job.device)
     run = {
         "vllm_gqsa": vllm_gqsa.__version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "device": device.type,
+        # The number of processes changes the order in which gradients are summed.
+        "device": device.type if count == 1 else f"{count} x {device.type}",
         "precision": resolve_precision(job.recipe.precision, device),
         "batch": job.batch,
         "model": {"config": model.raw_config, "weights": digest_files(model.files())},

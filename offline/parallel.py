@@ -1,0 +1,181 @@
+"""Data-parallel training by the processes of ``torchrun``, through torch's DistributedDataParallel.
+
+The first process runs the command as it would alone: it alone reads the command line, holds the output folder, prints
+and writes. The others wait until it tells them what to train with it; then each takes its share of every step's
+windows. torchrun ends all of them when one has failed.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from vllm_gqsa.offline.errors import InputError
+from vllm_gqsa.offline.recipe import Recipe
+
+__all__ = [
+    "apart",
+    "check_shares",
+    "is_first",
+    "make_same",
+    "mean",
+    "own_device",
+    "processes",
+    "run",
+    "share",
+    "tell",
+    "told",
+    "wrap",
+]
+
+_PATIENCE = timedelta(days=30)
+"""The others wait while the first works on blocks; that it is alive is torchrun's business."""
+_GRACE = 5.0
+"""Seconds in which torchrun, which looks ten times a second, ends this process if another one has failed."""
+_CPU = torch.device("cpu")
+
+
+def processes() -> int:
+    """How many processes train together; 1 without ``torchrun``."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes and prints, as it is without ``torchrun``."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def run(command: Callable[[], None], follow: Callable[[], None]) -> None:
+    """Run ``command`` in the first process of ``torchrun`` and ``follow`` in all others.
+
+    Args:
+        command: may end by SystemExit.
+        follow: returns when :func:`told` gives None, which it does when ``command`` has succeeded.
+    """
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=_PATIENCE)
+    try:
+        if is_first():
+            _to_the_end(command)
+            tell(None)
+        else:
+            follow()
+    except Exception as error:
+        # One failure, one message. Who lost the connection to a process that failed is ended by torchrun while it
+        # waits here; so are the others where all fail alike.
+        if not is_first():
+            time.sleep(2 * _GRACE)
+        elif isinstance(error, RuntimeError):
+            time.sleep(_GRACE)
+        raise
+    dist.destroy_process_group()
+
+
+def _to_the_end(command: Callable[[], None]) -> None:
+    try:
+        command()
+    except SystemExit as end:
+        if end.code:
+            raise
+
+
+def tell(task: object) -> None:
+    """Hand ``task``, anything that can be pickled, to the processes that wait in :func:`told`; alone, do nothing."""
+    if processes() > 1:
+        dist.broadcast_object_list([task], src=0, device=_CPU)
+
+
+def told() -> Any:  # noqa: ANN401 - whatever the first process tells
+    """Wait for what the first process tells."""
+    received: list[Any] = [None]
+    dist.broadcast_object_list(received, src=0, device=_CPU)
+    return received[0]
+
+
+def check_shares(recipe: Recipe) -> None:
+    """Check that the processes can share the work.
+
+    Raises:
+        InputError: there is no stage to share, or a step's windows cannot be divided.
+    """
+    count, stages = processes(), recipe.whole_model_stages()
+    if count > 1 and not stages:
+        raise InputError(
+            f"{count} processes have no stage of the recipe to share (prune, distill, oqp); start gqsa without torchrun"
+        )
+    for name, stage in stages.items():
+        if stage.batch % count:
+            raise InputError(
+                f"{name}: {count} processes cannot share its batch of {stage.batch} windows a step evenly; give a "
+                f"recipe file in which it is a multiple of {count}, or start another number of processes"
+            )
+
+
+def own_device(name: str) -> torch.device:
+    """The device of this process: of several on GPUs each takes its own.
+
+    Args:
+        name: as given to all of them.
+
+    Raises:
+        InputError: it names one GPU for all, or there are fewer GPUs than processes.
+    """
+    device = torch.device(name)
+    if processes() == 1 or name == "cpu":
+        return device
+    if name != "cuda":
+        raise InputError(f"--device {name}: under torchrun give cpu, or cuda for a GPU of its own for each process")
+    wanted, count = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+    if wanted > count:
+        raise InputError(f"torchrun started {wanted} processes for {count} GPUs; give --nproc-per-node {count} or less")
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def wrap(model: nn.Module, *, may_skip: bool) -> nn.Module:
+    """The model whose backward pass leaves the mean of all processes' gradients; alone, the model itself.
+
+    Args:
+        model: with the same values in every process.
+        may_skip: whether a parameter may take no part in a step, as in an expert that no token chose.
+    """
+    if processes() == 1:
+        return model
+    # A bucket for every parameter (a linear's are large enough): the order in which processes are summed then depends
+    # on nothing else. Otherwise torch puts them together anew after the first step, also the first one after a stop,
+    # and a run that went on would not end with the same bytes.
+    return DistributedDataParallel(
+        model, broadcast_buffers=False, bucket_cap_mb=0, gradient_as_bucket_view=True, find_unused_parameters=may_skip
+    )
+
+
+def apart(model: nn.Module) -> AbstractContextManager[None]:
+    """While it lasts, the gradients of a model of :func:`wrap` add up without being exchanged."""
+    return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
+
+
+def share(numbers: torch.Tensor) -> torch.Tensor:
+    """What this process takes of a step's windows, as many as every other one."""
+    return numbers.chunk(processes())[dist.get_rank()] if processes() > 1 else numbers
+
+
+def mean(value: float) -> float:
+    """Mean over the processes, to the bit the same in all."""
+    if processes() == 1:
+        return value
+    total = torch.tensor(value, dtype=torch.float64)
+    dist.all_reduce(total)
+    return float(total) / processes()
+
+
+def make_same(tensors: Iterable[torch.Tensor]) -> None:
+    """Give tensors the values that they have in the first process."""
+    if processes() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)
