@@ -8,6 +8,7 @@ import tomllib
 from urllib.parse import urlsplit
 
 import pytest
+from torch.distributed.run import get_args_parser
 from typer.main import get_command
 
 from tests.docs.pages import PAGES, ROOT, code, commands, inline_code, links
@@ -28,13 +29,22 @@ def of(*programs):
 
 
 def test_every_program_is_known():
-    known = {"gqsa", "vllm", "make", "python", "pip", "curl", "ray", "git", "cd", "source"}
+    known = {"gqsa", "torchrun", "vllm", "make", "python", "pip", "curl", "ray", "git", "cd", "source"}
     assert {command.words[0].removeprefix(".venv/bin/") for command in COMMANDS} <= known
 
 
 @of("gqsa")
 def test_gqsa_takes_the_command(command):
     _, name, *arguments = ("cpu" if word == "cuda" else word for word in command.words)
+    get_command(app).commands[name].make_context(name, arguments)
+
+
+@of("torchrun")
+def test_torchrun_and_gqsa_take_the_command(command):
+    options = get_args_parser().parse_args(command.words[1:])
+    assert options.module
+    assert options.training_script == "vllm_gqsa.offline"
+    name, *arguments = ("cpu" if word == "cuda" else word for word in options.training_script_args)
     get_command(app).commands[name].make_context(name, arguments)
 
 
@@ -90,7 +100,7 @@ def test_what_was_never_run_says_so():
 def test_targets_and_options_in_the_text_exist(page, vllm_parser):
     options = {"--quick", "--marlin"}  # of benchmarks.kernels
     options |= {each for command in get_command(app).commands.values() for p in command.params for each in p.opts}
-    options |= set(vllm_parser._option_string_actions)
+    options |= set(vllm_parser._option_string_actions) | set(get_args_parser()._option_string_actions)
     for text in inline_code(page):
         for target in re.findall(r"\bmake ([a-z-]+)", text):
             assert target in TARGETS, text

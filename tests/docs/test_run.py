@@ -102,6 +102,20 @@ def test_gqsa(page, here):
         assert (here / "my-checkpoint" / "config.json").exists()
 
 
+@pytest.mark.slow
+def test_torchrun(here):
+    lines = [
+        each.words for page in PAGES for each in commands(page) if each.words[0] == "torchrun" and not each.planned
+    ]
+    assert lines
+    for words in lines:
+        file, output = words[words.index("--recipe") + 1], words[words.index("compress") + 2]
+        (here / file).write_text(Recipe.read(file).to_yaml())  # the short one: a process of its own knows no patch
+        shutil.rmtree(output)
+        subprocess.run([str(Path(sys.executable).with_name("torchrun")), *words[1:]], check=True)
+        assert CheckpointReader(here / output).config.modules
+
+
 def snippets(*, vllm):
     """Python code of all pages: with vLLM, or without."""
     pairs = [(page, text) for page in PAGES for text in code("python", page)]
