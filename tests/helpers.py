@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,7 @@ def compress_randomly(
     folder: Path,
     *,
     group_size: int = 16,
+    others: Mapping[str, int] = {},
     ignore: tuple[str, ...] = ("lm_head",),
     head: bool = False,
     seed: int = 0,
@@ -166,6 +168,7 @@ def compress_randomly(
         dense: a folder with one model.safetensors.
         folder: gets ``checkpoint`` and ``twin``, the latter with the dequantised weights.
         group_size: G.
+        others: the group size of linears that have one of their own, by the last part of their names.
         ignore: as in config.json; without lm_head where that is compressed.
         head: compress lm_head too, or the embedding that is tied to it.
         seed: of the masks; the same seed gives the same mask.
@@ -186,8 +189,9 @@ def compress_randomly(
             compressed[name] = twin[name] = tensor
             continue
         rows, columns = tensor.shape
-        keep = random_keep(rows, columns // group_size, DENSITIES[last[0]], generator)
-        matrix = GroupSparseMatrix.from_dense(tensor * scale, keep, group_size)
+        size = others.get(last, group_size)
+        keep = random_keep(rows, columns // size, DENSITIES[last[0]], generator)
+        matrix = GroupSparseMatrix.from_dense(tensor * scale, keep, size)
         result.matrices[module] = matrix
         compressed |= {f"{module}.{piece}": value for piece, value in matrix.tensors().items()}
         twin[name] = matrix.to_dense()
@@ -197,7 +201,11 @@ def compress_randomly(
             "sparsity": 0.5,
             "pattern": "matrix",
             "ignore": ignore,
-            "modules": {name: {"nnz": matrix.nnz} for name, matrix in result.matrices.items()},
+            "modules": {
+                name: {"nnz": matrix.nnz}
+                | ({} if matrix.group_size == group_size else {"group_size": matrix.group_size})
+                for name, matrix in result.matrices.items()
+            },
         }
     )
     for path, tensors in ((result.checkpoint, compressed), (result.twin, twin)):

@@ -72,6 +72,28 @@ def test_a_compressed_head_equals_the_twin_exactly(family, tied, tmp_path):
         assert torch.equal(load(tmp_path / "again")(tokens).logits, expected)
 
 
+OTHERS = {"down_proj": 64, "fc2": 64, "embed_tokens": 8, "lm_head": 8, "w2": 8}
+
+
+@pytest.mark.parametrize(("family", "tied"), [("llama", False), ("llama", True), ("opt", True), ("mixtral", False)])
+def test_linears_with_a_group_size_of_their_own_equal_the_twin(family, tied, tmp_path):
+    dense = make_dense(tmp_path / "dense", family, tie_word_embeddings=tied)
+    ignore = ("lm_head", r"re:.*\.gate$")
+    pair = compress_randomly(dense, tmp_path, others=OTHERS, ignore=ignore, head=family == "llama")
+    assert {matrix.group_size for matrix in pair.matrices.values()} > {16}
+    tokens = torch.arange(3, 40)[None]
+    model = load(pair.checkpoint)
+    with torch.no_grad():
+        expected = load(pair.twin)(tokens).logits
+        tolerance = 1e-4 if family == "mixtral" else 0
+        torch.testing.assert_close(model(tokens).logits, expected, rtol=tolerance, atol=tolerance)
+    model.save_pretrained(tmp_path / "again")
+    configs = [json.loads((each / "config.json").read_text()) for each in (pair.checkpoint, tmp_path / "again")]
+    assert configs[0]["quantization_config"] == configs[1]["quantization_config"]
+    with torch.no_grad():
+        assert torch.equal(load(tmp_path / "again")(tokens).logits, model(tokens).logits)
+
+
 @pytest.mark.parametrize("experts", ["compressed", "dense"])
 @pytest.mark.parametrize("family", MIXTURES)
 def test_mixtures_of_experts_equal_the_twin(family, experts, tmp_path):
@@ -177,6 +199,12 @@ def lie(folder):
     edit_quantization(folder, modules=modules)
 
 
+def other_group_size(folder):
+    modules = json.loads((folder / "config.json").read_text())["quantization_config"]["modules"]
+    modules[Q]["group_size"] = 32
+    edit_quantization(folder, modules=modules)
+
+
 def unknown_version(folder):
     edit_quantization(folder, format_version=9)
 
@@ -205,6 +233,10 @@ def _tensor(folder, name):
         (corrupt, rf"{Q}: scale_zero\[0\] holds the scale 0.0"),
         (wrong_dtype, f"{Q}: scale_zero is torch.int32, expected torch.int16"),
         (lie, f"{Q}: holds nnz = [0-9]+ groups, config.json says [0-9]+"),
+        (
+            other_group_size,
+            f"config.json: .*modules: .*k_proj has groups of 16, {Q} of 32; they are served as one fused",
+        ),
         (unknown_version, "format_version 9 is unknown"),
         (unknown_module, "config.json lists model.layers.1.*which LlamaForCausalLM does not have"),
         (drop_dense, "lm_head.weight is missing"),

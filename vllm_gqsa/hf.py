@@ -156,7 +156,7 @@ class GqsaQuantizer(HfQuantizer):
     requires_calibration = True
     quantization_config: GqsaHfConfig
     _nnz: dict[str, int]
-    """Groups of every compressed module, by its name in the model."""
+    """Kept groups of every compressed module, by its name in the model."""
 
     def _process_model_before_weight_loading(
         self,
@@ -177,10 +177,11 @@ class GqsaQuantizer(HfQuantizer):
         if {Path(file) for file in checkpoint_files} != set(files.file_of.values()):
             raise FormatError(f"{files.folder}: holds two sets of weights, and transformers reads the wrong one")
         kind = model.config.model_type
-        self._nnz = {name_in_model(name, kind): entry.nnz for name, entry in config.modules.items()}
+        listed = {name_in_model(name, kind): name for name in config.modules}
+        self._nnz = {name: config.modules[on_disk].nnz for name, on_disk in listed.items()}
         unfuse_experts(model, kind, lambda experts: any(name.startswith(f"{experts}.") for name in self._nnz))
         for name, nnz in self._nnz.items():
-            _replace(model, name, nnz, config.group_size)
+            _replace(model, name, nnz, config.group_size_of(listed[name]))
         # Experts that stay fused have other names in files; transformers itself says where one of them is missing.
         present = {name_in_model(name, kind) for name in files.file_of} | set(fused_experts(model))
         for name in missing_dense(config, model, present):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.helpers import random_matrix
 from vllm_gqsa.format import (
     CheckpointReader,
     FormatError,
@@ -52,6 +53,10 @@ def read(folder):
     if unknown:  # what a reader that knows the model says, see module_shapes()
         raise FormatError(f"{folder}/config.json: modules lists {unknown}, which the model has not")
     return {name: reader.matrix(name, SHAPES[name]).to_dense() for name in reader.config.modules}
+
+
+def named(module, matrix):
+    return {f"{module}.{piece}": tensor for piece, tensor in matrix.tensors().items()}
 
 
 def edit_config(folder, **changes):
@@ -119,6 +124,37 @@ def test_a_lying_nnz(checkpoint):
     listed = json.loads((checkpoint / "config.json").read_text())["quantization_config"]["modules"]
     edit_config(checkpoint, modules={**listed, "c.up_proj": {"nnz": 1000}})
     with pytest.raises(FormatError, match="c.up_proj: holds nnz = .* config.json says 1000"):
+        read(checkpoint)
+
+
+def test_a_module_with_a_group_size_of_its_own(checkpoint):
+    matrix = random_matrix(7, 160, group_size=32)
+    edit_shard(checkpoint, "one.safetensors", lambda t: t.update(named("b.down_proj", matrix)))
+    listed = json.loads((checkpoint / "config.json").read_text())["quantization_config"]["modules"]
+    entry = {"nnz": matrix.nnz, "group_size": 32}
+    edit_config(checkpoint, modules={**listed, "b.down_proj": entry})
+    reader = CheckpointReader(checkpoint)
+    assert torch.equal(reader.matrix("b.down_proj", (7, 160)).to_dense(), matrix.to_dense())
+    assert reader.matrix("a.q_proj", SHAPES["a.q_proj"]).group_size == 16
+
+
+@pytest.mark.parametrize(("size", "says"), [
+    (8, r"b.down_proj: group_mask has shape \(7, 2\), expected \(7, 3\)"),
+    (32, "b.down_proj: group_size 32 does not divide in_features 144"),
+    (128, "b.down_proj: group_size 128 does not divide"),
+])  # fmt: skip
+def test_a_group_size_that_does_not_fit_the_tensors(checkpoint, size, says):
+    listed = json.loads((checkpoint / "config.json").read_text())["quantization_config"]["modules"]
+    edit_config(checkpoint, modules={**listed, "b.down_proj": {**listed["b.down_proj"], "group_size": size}})
+    with pytest.raises(FormatError, match=f"one.safetensors: {says}"):
+        read(checkpoint)
+
+
+def test_codes_of_another_group_size(checkpoint):
+    """A bitmap of one byte a row is as long for groups of 8 as for groups of 16."""
+    listed = json.loads((checkpoint / "config.json").read_text())["quantization_config"]["modules"]
+    edit_config(checkpoint, modules={**listed, "a.q_proj": {**listed["a.q_proj"], "group_size": 8}})
+    with pytest.raises(FormatError, match=r"a.q_proj: qweight has shape \(\d+, 8\), expected \(\d+, 4\)"):
         read(checkpoint)
 
 

@@ -41,6 +41,42 @@ def test_wrong_values_are_named(key, value, says):
         GqsaConfig.parse({**copy.deepcopy(GOOD), key: value}, "config.json")
 
 
+@pytest.mark.parametrize("size", [12, "32", None, True])
+def test_wrong_group_sizes_of_a_module_are_named(size):
+    with pytest.raises(FormatError, match=r"^config.json: quantization_config.modules.a.group_size: "):
+        GqsaConfig.parse({**GOOD, "modules": {"a": {"nnz": 1, "group_size": size}}}, "config.json")
+
+
+def test_a_module_may_have_a_group_size_of_its_own():
+    modules = {"a.q_proj": {"nnz": 1}, "a.o_proj": {"nnz": 1, "group_size": 64}}
+    config = GqsaConfig.parse({**GOOD, "modules": modules}, "config.json")
+    assert [config.group_size_of(name) for name in modules] == [16, 64]
+    assert config.group_sizes == [16, 64]
+    assert config.to_json()["modules"] == modules
+
+
+@pytest.mark.parametrize(("one", "other", "is_joined"), [
+    ("a.q_proj", "a.v_proj", True),
+    ("a.q_proj", "b.v_proj", False),
+    ("a.q_proj", "a.o_proj", False),
+    ("a.gate_proj", "a.up_proj", True),
+    ("a.gate_proj", "a.down_proj", False),
+    ("a.experts.0.w1", "a.experts.1.w3", True),
+    ("a.experts.0.down_proj", "a.experts.11.down_proj", True),
+    ("a.experts.0.up_proj", "a.experts.0.down_proj", False),
+    ("a.experts.0.w1", "b.experts.0.w1", False),
+    ("layers.0.fc1", "layers.1.fc1", False),
+])  # fmt: skip
+def test_what_is_served_as_one_layer_has_one_group_size(one, other, is_joined):
+    raw = {**GOOD, "modules": {one: {"nnz": 1}, other: {"nnz": 1, "group_size": 32}}}
+    if not is_joined:
+        GqsaConfig.parse(raw, "config.json")
+        return
+    says = f"^config.json: quantization_config.modules: {one} has groups of 16, {other} of 32; they are served as one"
+    with pytest.raises(FormatError, match=says):
+        GqsaConfig.parse(raw, "config.json")
+
+
 @pytest.mark.parametrize("raw", [None, [], "gqsa", 3])
 def test_what_is_no_object_is_refused(raw):
     with pytest.raises(FormatError, match="expected an object"):

@@ -203,9 +203,11 @@ def quantization(rng: random.Random, folder: Path) -> str:
         value = rng.choice(HOSTILE_VALUES)
         if key == "modules" and rng.random() < 0.8:
             name = rng.choice(list(raw["modules"]))
-            kind = rng.choice(["nnz", "drop", "rename", "ignore"])
+            kind = rng.choice(["nnz", "group_size", "drop", "rename", "ignore"])
             if kind == "nnz":
                 raw["modules"][name] = {"nnz": rng.choice([value, raw["modules"][name]["nnz"] + 1, 2**40])}
+            elif kind == "group_size":
+                raw["modules"][name]["group_size"] = rng.choice([value, 8, 16, 32, 128])
             elif kind == "drop":
                 del raw["modules"][name]
             elif kind == "rename":

@@ -19,10 +19,11 @@ MATRICES = {
     "a.v_proj": random_matrix(KV_HEADS * HEAD, K, density=0.5, seed=3),
     "m.gate_proj": random_matrix(WIDE, K, density=0.35, seed=4),
     "m.up_proj": random_matrix(WIDE, K, density=0.65, seed=5),
-    "m.down_proj": random_matrix(K, WIDE, density=0.5, seed=6),
-    "m.embed_tokens": random_matrix(VOCABULARY, K, density=0.9, seed=7),
-    "lm_head": random_matrix(VOCABULARY, K, density=0.8, seed=8),
+    "m.down_proj": random_matrix(K, WIDE, 32, density=0.5, seed=6),
+    "m.embed_tokens": random_matrix(VOCABULARY, K, 8, density=0.9, seed=7),
+    "lm_head": random_matrix(VOCABULARY, K, 64, density=0.8, seed=8),
 }
+"""Three of them with groups of their own size, not of 16."""
 DENSE = {name: matrix.to_dense() for name, matrix in MATRICES.items()}
 FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 
@@ -34,8 +35,10 @@ def pretend(monkeypatch, rank, size):
 
 
 def config_for(matrices, **changes):
-    nnz = {name: matrix.nnz for name, matrix in matrices.items()}
-    raw = quantization(nnz, **{"pattern": "matrix", "ignore": [], **changes})
+    raw = quantization({name: m.nnz for name, m in matrices.items()}, **{"pattern": "matrix", "ignore": [], **changes})
+    for name, matrix in matrices.items():
+        if matrix.group_size != raw["group_size"]:
+            raw["modules"][name]["group_size"] = matrix.group_size
     config = GqsaQuantizationConfig(GqsaConfig.parse(raw, "test"))
     config.packed_modules_mapping = FUSED
     return config

@@ -21,6 +21,8 @@ from tests.helpers import (
 )
 
 PROMPTS = [[5, 17, 33], [9], [100, 101, 102, 103, 104, 105, 106], [200, 3, 77, 12]]
+OTHERS = {"down_proj": 32}
+"""Group sizes of their own."""
 ENGINE = Path(__file__).with_name("engine.py")
 ENVIRONMENT = {
     **os.environ,
@@ -52,7 +54,7 @@ def engines(folder, jobs, *, own_process=False, timeout=600, **environment):
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
     folder = tmp_path_factory.mktemp("llama")
-    return compress_randomly(make_dense(folder / "dense"), folder)
+    return compress_randomly(make_dense(folder / "dense"), folder, others=OTHERS)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +76,7 @@ def served(llama, tied, tmp_path_factory):
     that model compressed.
     """
     folder = tmp_path_factory.mktemp("served")
-    other = compress_randomly(llama.checkpoint.parent / "dense", folder / "other", scale=1.5)
+    other = compress_randomly(llama.checkpoint.parent / "dense", folder / "other", others=OTHERS, scale=1.5)
     broken = [shutil.copytree(other.checkpoint, folder / spoil.__name__) for spoil in (missing_module, wrong_dtype)]
     missing_module(broken[0])
     wrong_dtype(broken[1])

@@ -17,9 +17,10 @@ from vllm_gqsa.plugin.moe import GqsaMoEMethod, expert_names
 
 EXPERTS, TOP, K, WIDE = 4, 2, 64, 96
 NAMES = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+# Down projections have groups of 8, the others of 16.
 MATRICES = {
     f"m.experts.{expert}.{name}": random_matrix(
-        *((K, WIDE) if part == "w2" else (WIDE, K)), density=density, seed=3 * expert + at
+        *((K, WIDE, 8) if part == "w2" else (WIDE, K)), density=density, seed=3 * expert + at
     )
     for expert in range(EXPERTS)
     for at, ((part, name), density) in enumerate(zip(NAMES.items(), (0.3, 0.6, 0.5), strict=True))
@@ -185,6 +186,13 @@ def test_group_size_that_does_not_divide_a_rank():
     matrices = {name: random_matrix(*dense.shape, group_size=32) for name, dense in DENSE.items()}
     with pytest.raises(FormatError, match="m.experts: in_features K = 96 split over 2 .* 48 a rank.* G = 32"):
         layer_on(0, 2, config=config_for(matrices, group_size=32))
+
+
+def test_experts_of_two_group_sizes():
+    odd = {**MATRICES, "m.experts.2.down_proj": random_matrix(K, WIDE)}
+    expected = "m.experts.0.down_proj has groups of 8, m.experts.2.down_proj of 16; they are served as one fused layer"
+    with pytest.raises(FormatError, match=expected):
+        config_for(odd)
 
 
 @pytest.mark.parametrize("change", [{"activation": "swigluoai"}, {"apply_router_weight_on_input": True}])

@@ -21,9 +21,9 @@ def said(monkeypatch):
 
 
 def plan(name, matrix, start, stop):
-    config = GqsaConfig.model_validate(quantization({name: matrix.nnz}))
+    config = GqsaConfig.model_validate(quantization({name: matrix.nnz}, group_size=matrix.group_size))
     shard = Shard(matrix.out_features, start, stop)
-    return ShardPlan(Sources.of(name, [name], config), {0: shard}, matrix.in_features, 0, matrix.in_features, 16)
+    return ShardPlan(Sources.of(name, [name], config), {0: shard}, matrix.in_features, 0, matrix.in_features)
 
 
 def load(counts, name, matrix, start, stop):
@@ -55,6 +55,14 @@ def test_how_even_the_split_is(said):
     load(counts, "a", matrix, 0, 32)
     share = matrix.slice_rows(0, 32).nnz / (matrix.nnz / 2)
     assert f"this rank keeps {share:.3f} of an even share of groups, {share:.3f} in its fullest layer" in said[0]
+
+
+def test_a_kernel_for_each_group_size(said):
+    counts = report.LoadReport({("a",), ("b",)})
+    for name, size in (("a", 32), ("b", 8)):
+        load(counts, name, random_matrix(64, 128, size), 0, 64)
+    kernels = [str(choose("cpu", torch.float32, size)) for size in (8, 32)]
+    assert said[0].endswith("kernel: " + ", ".join(dict.fromkeys(kernels)))
 
 
 def test_the_kernel_and_why(monkeypatch):

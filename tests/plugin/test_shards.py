@@ -284,11 +284,11 @@ def test_dummy_weights_are_a_valid_matrix(tp):
     config = VllmConfig()
     config.load_config.load_format = "dummy"
     with set_current_vllm_config(config):
-        layer = down(config_for(MATRICES, sparsity=0.5))
+        layer = down(config_for({"m.down_proj": random_matrix(K, WIDE, group_size=8)}, sparsity=0.5))
     layer.quant_method.process_weights_after_loading(layer)
     columns = WIDE // tp[1]
     tensors = [getattr(layer, name).data for name in TENSORS]
-    matrix = restore(rebuild(tensors, "cpu", columns, 16))
+    matrix = restore(rebuild(tensors, "cpu", columns, 8))
     matrix.validate("dummy", (K, columns))
     assert matrix.sparsity == 0.5
 
@@ -363,3 +363,21 @@ def test_group_size_that_does_not_divide_a_rank(monkeypatch):
     expected = "m.down_proj: in_features K = 256 split over 4 .* 64 a rank, .* G = 128; use .* size of 2"
     with pytest.raises(FormatError, match=expected):
         down(config)
+
+
+def test_a_group_size_of_its_own_that_does_not_divide_a_rank(monkeypatch):
+    pretend(monkeypatch, 0, 8)
+    config = config_for({**MATRICES, "m.down_proj": random_matrix(K, WIDE, group_size=64)})
+    gate_up(config)
+    with pytest.raises(FormatError, match="m.down_proj: in_features K = 256 split over 8 .* 32 a rank, .* G = 64"):
+        down(config)
+
+
+def test_a_fused_layer_of_two_group_sizes():
+    """Of a model class that joins what no other does; the usual names are refused before."""
+    names = {"m.left_proj": "m.gate_proj", "m.right_proj": "m.down_proj"}
+    config = config_for({name: MATRICES[source] for name, source in names.items()})
+    config.packed_modules_mapping = {"both_proj": ["left_proj", "right_proj"]}
+    expected = "m.both_proj: m.left_proj has groups of 16, m.right_proj of 32; they are served as one fused layer"
+    with pytest.raises(FormatError, match=expected):
+        vllm_linear.MergedColumnParallelLinear(K, [WIDE, WIDE], quant_config=config, prefix="m.both_proj")

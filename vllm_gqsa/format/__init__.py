@@ -24,9 +24,11 @@ from vllm_gqsa.format.matrix import GROUP_SIZES, TENSORS, GroupSparseMatrix, che
 from vllm_gqsa.format.schema import (
     EMBEDDING,
     FORMAT_VERSION,
+    FUSED,
     HEAD,
     GqsaConfig,
     ModuleEntry,
+    check_fused,
     check_ignore,
     is_ignored,
     parse_pattern,
@@ -35,6 +37,7 @@ from vllm_gqsa.format.schema import (
 __all__ = [
     "EMBEDDING",
     "FORMAT_VERSION",
+    "FUSED",
     "GROUP_SIZES",
     "HEAD",
     "TENSORS",
@@ -45,6 +48,7 @@ __all__ = [
     "ModuleEntry",
     "TensorFiles",
     "check_dense",
+    "check_fused",
     "check_group_size",
     "check_ignore",
     "check_layer_count",

@@ -266,7 +266,7 @@ class CheckpointReader:
             raise FormatError(f"{self.folder}: module {module} is not listed in config.json")
         where = f"{self.files.file_of[module + '.qweight']}: {module}"
         tensors = {suffix: self.files.tensor(f"{module}.{suffix}") for suffix in TENSORS}
-        matrix = GroupSparseMatrix.from_tensors(tensors, expect[1], self.config.group_size)
+        matrix = GroupSparseMatrix.from_tensors(tensors, expect[1], self.config.group_size_of(module))
         matrix.validate(where, expect)
         if matrix.nnz != self.config.modules[module].nnz:
             listed = self.config.modules[module].nnz

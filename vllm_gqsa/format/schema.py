@@ -2,6 +2,7 @@
 
 import functools
 import re
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import re2
@@ -13,9 +14,11 @@ from vllm_gqsa.format.matrix import GROUP_SIZES
 __all__ = [
     "EMBEDDING",
     "FORMAT_VERSION",
+    "FUSED",
     "HEAD",
     "GqsaConfig",
     "ModuleEntry",
+    "check_fused",
     "check_ignore",
     "is_ignored",
     "parse_pattern",
@@ -27,6 +30,12 @@ HEAD = "lm_head"
 EMBEDDING = "embed_tokens"
 """Last part of the name of an input embedding. Listed in ``modules``, it is tied to the head: its one matrix
 ``[vocabulary, hidden]`` serves both, and the head is neither listed nor ignored."""
+FUSED: Mapping[str, tuple[str, ...]] = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "w13": ("w1", "w3"),
+}
+"""What a serving engine joins into one layer, by last parts of names. It also stacks the experts of a mixture."""
 
 
 class ModuleEntry(BaseModel):
@@ -36,6 +45,13 @@ class ModuleEntry(BaseModel):
 
     nnz: int = Field(ge=0, strict=True)
     """Number of kept groups."""
+    group_size: int | None = Field(default=None, strict=True)
+    """G of this linear where it differs from the others'."""
+
+    @field_validator("group_size")
+    @classmethod
+    def _known_group_size(cls, value: int | None) -> int:
+        return _known_group_size(value)
 
 
 class GqsaConfig(BaseModel):
@@ -47,7 +63,7 @@ class GqsaConfig(BaseModel):
     format_version: Literal[1] = 1
     bits: Literal[4] = 4
     group_size: int = Field(strict=True)
-    """G, input features a group."""
+    """G, input features a group, of every linear that has none of its own in ``modules``."""
     sparsity: float = Field(ge=0, lt=1)
     """Share of groups that was asked to be pruned; the exact counts are in ``modules``."""
     pattern: str
@@ -62,12 +78,23 @@ class GqsaConfig(BaseModel):
         """Name in ``modules`` of the head's matrix, its own or the embedding's; None where the head is dense."""
         return next((name for name in self.modules if name.rpartition(".")[2] in (EMBEDDING, HEAD)), None)
 
+    def group_size_of(self, name: str) -> int:
+        """G of a compressed linear.
+
+        Args:
+            name: listed in ``modules``.
+        """
+        return self.modules[name].group_size or self.group_size
+
+    @property
+    def group_sizes(self) -> list[int]:
+        """The group sizes of all compressed linears, each once, smallest first."""
+        return sorted({self.group_size_of(name) for name in self.modules})
+
     @field_validator("group_size")
     @classmethod
     def _known_group_size(cls, value: int) -> int:
-        if value not in GROUP_SIZES:
-            raise ValueError(f"must be one of {', '.join(map(str, GROUP_SIZES))}")
-        return value
+        return _known_group_size(value)
 
     @field_validator("pattern")
     @classmethod
@@ -102,16 +129,48 @@ class GqsaConfig(BaseModel):
                 "install the version of vllm-gqsa that wrote the checkpoint, or a newer one"
             )
         try:
-            return cls.model_validate(raw)
+            config = cls.model_validate(raw)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             key = ".".join(str(part) for part in first["loc"])
             value = "" if first["type"] in ("missing", "extra_forbidden") else f" (found {first['input']!r})"
             raise FormatError(f"{where}: quantization_config.{key}: {first['msg']}{value}") from error
+        try:
+            check_fused({name: config.group_size_of(name) for name in config.modules})
+        except ValueError as error:
+            raise FormatError(f"{where}: quantization_config.modules: {error}") from error
+        return config
 
     def to_json(self) -> dict[str, Any]:
         """The value to write into config.json, keys in the order of the format's documentation."""
-        return self.model_dump(mode="json")
+        return self.model_dump(mode="json", exclude_none=True)
+
+
+def _known_group_size(value: int | None) -> int:
+    if value not in GROUP_SIZES:
+        raise ValueError(f"must be one of {', '.join(map(str, GROUP_SIZES))}")
+    return value
+
+
+def check_fused(sizes: Mapping[str, int]) -> None:
+    """Check that linears which are served as one layer have the same group size.
+
+    Args:
+        sizes: group size of every compressed linear by its unfused Hugging Face name.
+
+    Raises:
+        ValueError: two of them differ; the message names both.
+    """
+    layers: dict[tuple[str, str], str] = {}
+    for name, size in sizes.items():
+        parent, _, last = re.sub(r"\.experts\.[0-9]+\.", ".experts.", name).rpartition(".")
+        fused = next((layer for layer, parts in FUSED.items() if last in parts), last)
+        first = layers.setdefault((parent, fused), name)
+        if sizes[first] != size:
+            raise ValueError(
+                f"{first} has groups of {sizes[first]}, {name} of {size}; they are served as one fused layer, so give "
+                "them the same group_size"
+            )
 
 
 def parse_pattern(pattern: str) -> tuple[int, int]:

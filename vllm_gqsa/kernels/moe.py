@@ -22,7 +22,7 @@ __all__ = ["ACTIVATIONS", "moe", "prepare"]
 _NAME = "gqsa::moe"
 _SCHEMA = (
     "(Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor[] gate_up, Tensor[] down, str layout, "
-    "int group_size, str activation) -> Tensor"
+    "int[] group_sizes, str activation) -> Tensor"
 )
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -40,14 +40,15 @@ def _moe(
     gate_up: list[torch.Tensor],
     down: list[torch.Tensor],
     layout: str,
-    group_size: int,
+    group_sizes: list[int],
     activation: str,
 ) -> torch.Tensor:
     hidden = x.shape[-1]
     # crow_indices comes first in every layout, and has a row more than the matrix.
     experts = (down[0].shape[0] - 1) // hidden
     width = (gate_up[0].shape[0] - 1) // (2 * experts)
-    first, second = rebuild(gate_up, layout, hidden, group_size), rebuild(down, layout, width, group_size)
+    first = rebuild(gate_up, layout, hidden, group_sizes[0])
+    second = rebuild(down, layout, width, group_sizes[1])
     tokens = x.reshape(-1, hidden)
     out = torch.zeros(tokens.shape, dtype=torch.float32, device=x.device)
     for expert, chosen, weights in _assignments(topk_ids, topk_weights.float(), experts):
@@ -94,7 +95,7 @@ def _moe_fake(
     gate_up: list[torch.Tensor],
     down: list[torch.Tensor],
     layout: str,
-    group_size: int,
+    group_sizes: list[int],
     activation: str,
 ) -> torch.Tensor:
     return x.new_empty(x.shape)
@@ -129,7 +130,7 @@ def moe(
         topk_weights: floating point ``[M, k]``.
         topk_ids: integers ``[M, k]``: the experts of each token, all different; a negative one counts for nothing.
         gate_up: ``[E * 2I, K]``, for each expert its gate above its up projection; trusted.
-        down: ``[E * K, I]``, trusted, in the same layout.
+        down: ``[E * K, I]``, trusted, in the same layout; its group size may be another.
         activation: one of :data:`ACTIVATIONS`.
 
     Returns:
@@ -143,7 +144,7 @@ def moe(
         list(gate_up.tensors().values()),
         list(down.tensors().values()),
         layout_of(down),
-        down.group_size,
+        [gate_up.group_size, down.group_size],
         activation,
     )
     return result

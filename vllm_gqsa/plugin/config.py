@@ -12,6 +12,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm_gqsa.experts import fused_experts, name_as_in_files, unfuse_experts
 from vllm_gqsa.format import (
     EMBEDDING,
+    FUSED,
     HEAD,
     CheckpointReader,
     FormatError,
@@ -26,8 +27,6 @@ from vllm_gqsa.plugin.shards import Sources
 
 __all__ = ["GqsaQuantizationConfig"]
 
-_FUSED = {"gate_up_proj": ["gate_proj", "up_proj"], "qkv_proj": ["q_proj", "k_proj", "v_proj"]}
-"""What nearly every model of vLLM fuses."""
 _WEIGHTS = ("model.safetensors.index.json", "model.safetensors")
 
 
@@ -240,7 +239,7 @@ class GqsaQuantizationConfig(QuantizationConfig):
         assert self.config is not None
         if prefix in self.config.modules:
             return [prefix]
-        names = [parent + dot + name for name in self.packed_modules_mapping.get(last, _FUSED.get(last, [last]))]
+        names = [parent + dot + name for name in self.packed_modules_mapping.get(last, FUSED.get(last, [last]))]
         # Some model classes of vLLM do not say what they fuse in the blocks of another kind than most.
         known = any(name in self.config.modules or is_ignored(name, self.config.ignore) for name in names)
         return names if known or last in self.packed_modules_mapping else [prefix]

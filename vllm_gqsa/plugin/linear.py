@@ -37,7 +37,6 @@ class GqsaLinearMethod(LinearMethodBase):
         self.config = config
         self._report = report or LoadReport()
         self.sources = sources
-        self.group_size = config.group_size
         self.in_features = 0
         self._matrix: LayerMatrix | None = None
         self._params_dtype = torch.float32
@@ -59,7 +58,7 @@ class GqsaLinearMethod(LinearMethodBase):
             NotImplementedError: a kind of layer that is not known.
             ValueError: vLLM was told to read pickles.
         """
-        plan = plan_shards(layer, self.sources, input_size_per_partition, output_partition_sizes, self.group_size)
+        plan = plan_shards(layer, self.sources, input_size_per_partition, output_partition_sizes)
         self._matrix = LayerMatrix(layer, plan, self._sparsity(plan), self._report)
         self._params_dtype = params_dtype
         self.in_features = plan.columns
@@ -93,7 +92,7 @@ class GqsaLinearMethod(LinearMethodBase):
             x,
             *self._created().arguments(layer),
             self.in_features,
-            self.group_size,
+            self.sources.group_size,
             bias,
         )
         return result
@@ -116,7 +115,7 @@ class GqsaVocabularyMethod(GqsaLinearMethod):
             input_,
             *self._created().arguments(layer),
             self.in_features,
-            self.group_size,
+            self.sources.group_size,
             self._params_dtype,
         )
         return result
@@ -136,7 +135,7 @@ class GqsaVocabularyMethod(GqsaLinearMethod):
 
     def _sparsity(self, plan: ShardPlan) -> float:
         # The head has a sparsity of its own, which only its nnz tells.
-        groups = sum(shard.rows for shard in plan.shards.values()) * (plan.in_features // self.group_size)
+        groups = sum(shard.rows for shard in plan.shards.values()) * (plan.in_features // plan.group_size)
         return 1 - sum(self.sources.nnz) / groups
 
 
@@ -145,7 +144,6 @@ def plan_shards(
     sources: Sources,
     in_features: int,
     out_features: list[int],
-    group_size: int,
 ) -> ShardPlan:
     """What this rank keeps of the matrices on disk.
 
@@ -154,7 +152,6 @@ def plan_shards(
         sources: the matrices on disk.
         in_features: input features on this rank.
         out_features: rows on this rank, for each part of a fused layer.
-        group_size: G.
 
     Raises:
         FormatError: G does not divide the input features of a rank.
@@ -172,12 +169,12 @@ def plan_shards(
     elif isinstance(layer, (RowParallelLinear, ReplicatedLinear)):
         shards = {i: Shard(n, 0, n) for i, n in enumerate(out_features)}
         if isinstance(layer, RowParallelLinear):
-            check_columns(sources.layer, total, layer.tp_size, group_size)
+            check_columns(sources.layer, total, layer.tp_size, sources.group_size)
             start = layer.tp_rank * in_features
     else:
         raise _unknown(layer, sources.layer)
-    check_columns(sources.layer, total, 1, group_size)
-    return ShardPlan(sources, shards, total, start, start + in_features, group_size)
+    check_columns(sources.layer, total, 1, sources.group_size)
+    return ShardPlan(sources, shards, total, start, start + in_features)
 
 
 def _qkv_shards(layer: QKVParallelLinear, out_features: list[int], name: str) -> dict[ShardId, Shard]:

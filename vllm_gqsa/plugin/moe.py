@@ -94,14 +94,14 @@ class GqsaMoEMethod(FusedMoEMethodBase):
                 "put its experts on the ignore list"
             )
         size, rank = self.moe.moe_parallel_config.tp_size, self.moe.moe_parallel_config.tp_rank
-        group, width = self.config.group_size, intermediate_size_per_partition
-        check_columns(name, width * size, size, group)
-        check_columns(name, hidden_size, 1, group)
+        width = intermediate_size_per_partition
         mine = _local_experts(layer.expert_map, num_experts)
         rows = Shard(width * size, rank * width, (rank + 1) * width)
         gate_up = self._plan(name, mine, {"w1": rows, "w3": rows}, (hidden_size, 0, hidden_size))
         columns = (width * size, rank * width, (rank + 1) * width)
         down = self._plan(name, mine, {"w2": Shard(hidden_size, 0, hidden_size)}, columns)
+        check_columns(name, hidden_size, 1, gate_up.group_size)
+        check_columns(name, width * size, size, down.group_size)
         self._matrices = [
             LayerMatrix(layer, plan, self.config.sparsity, self._report, prefix, load_expert_piece, prepare)
             for plan, prefix in ((gate_up, "w13_"), (down, "w2_"))
@@ -112,7 +112,7 @@ class GqsaMoEMethod(FusedMoEMethodBase):
     ) -> ShardPlan:
         names = [self._names[expert][part] for expert in experts for part in parts]
         shards = {expert_shard(expert, part): shard for expert in experts for part, shard in parts.items()}
-        return ShardPlan(Sources.of(layer, names, self.config), shards, *columns, self.config.group_size)
+        return ShardPlan(Sources.of(layer, names, self.config), shards, *columns)
 
     def begin_loading(self) -> None:
         """Forget what a reload that failed has left."""
@@ -180,7 +180,7 @@ class GqsaMoEMethod(FusedMoEMethodBase):
             topk_ids,
             gate_up.arguments(layer)[0],
             *down.arguments(layer),
-            self.config.group_size,
+            [gate_up.plan.group_size, down.plan.group_size],
             self._activation,
         )
         return result

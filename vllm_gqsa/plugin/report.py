@@ -34,7 +34,8 @@ class LoadReport:
     expected: set[tuple[str, ...]] = field(default_factory=set)
     """The layers that the model was built of, by the matrices on disk; a head that is tied counts once."""
     _layers: dict[tuple[str, ...], _Layer] = field(default_factory=dict)
-    _done: set[tuple[str, ...]] = field(default_factory=set)
+    _done: dict[tuple[str, ...], int] = field(default_factory=dict)
+    """Group sizes of the layers that are in place."""
 
     def expect(self, names: tuple[str, ...]) -> None:
         """A layer was built that will be loaded from the matrices ``names``."""
@@ -55,9 +56,10 @@ class LoadReport:
 
     def done(self, plan: ShardPlan, device: str, dtype: torch.dtype) -> None:
         """The layer is in place; says all of it where it was the last one."""
-        self._done.add(plan.sources.names)
-        if self.expected <= self._done:
-            _logger.info("%s; kernel: %s", self.text(), choose(device, dtype, plan.group_size))
+        self._done[plan.sources.names] = plan.group_size
+        if self.expected <= self._done.keys():
+            kernels = [str(choose(device, dtype, size)) for size in sorted(set(self._done.values()))]
+            _logger.info("%s; kernel: %s", self.text(), ", ".join(dict.fromkeys(kernels)))
             self._layers.clear()  # a reload starts anew
             self._done.clear()
 

@@ -19,16 +19,29 @@ class Sources:
         layer: the layer's name in the engine, for messages.
         names: the unfused Hugging Face names, in the order in which the layer stacks them.
         nnz: how many groups config.json lists for each.
+        group_size: G, of all of them.
     """
 
     layer: str
     names: tuple[str, ...]
     nnz: tuple[int, ...]
+    group_size: int
 
     @classmethod
     def of(cls, layer: str, names: Sequence[str], config: GqsaConfig) -> "Sources":
-        """Look up what the configuration lists for ``names``, all of which it must list."""
-        return cls(layer, tuple(names), tuple(config.modules[name].nnz for name in names))
+        """Look up what the configuration lists for ``names``, all of which it must list.
+
+        Raises:
+            FormatError: they differ in their group size.
+        """
+        size = config.group_size_of(names[0])
+        other = next((name for name in names if config.group_size_of(name) != size), None)
+        if other is not None:
+            raise FormatError(
+                f"{layer}: {names[0]} has groups of {size}, {other} of {config.group_size_of(other)}; they are served "
+                "as one fused layer, so compress again with the same group_size for both"
+            )
+        return cls(layer, tuple(names), tuple(config.modules[name].nnz for name in names), size)
 
 
 @dataclass(frozen=True)
@@ -56,12 +69,16 @@ class ShardPlan:
     """Columns on disk."""
     column_start: int
     column_stop: int
-    group_size: int
 
     @property
     def rows(self) -> int:
         """Rows of the layer on this rank."""
         return sum(shard.stop - shard.start + shard.padding for shard in self.shards.values())
+
+    @property
+    def group_size(self) -> int:
+        """G of the layer."""
+        return self.sources.group_size
 
     @property
     def columns(self) -> int:
