@@ -43,17 +43,18 @@ def make_report(  # noqa: PLR0913, PLR0917 - a report says all there is to say
         ``bytes`` counts all safetensors files.
     """
     weights = sum(rows * columns for rows, columns in shapes.values())
-    groups = weights // config.group_size
-    stored = sum(module_bytes(*shape, config.modules[name].nnz, config.group_size) for name, shape in shapes.items())
+    sizes = {name: (config.modules[name].nnz, config.group_size_of(name)) for name in shapes}
+    stored = sum(module_bytes(*shape, *sizes[name]) for name, shape in shapes.items())
     return {
         "model": model,
         "command": command,
         "group_size": config.group_size,
+        "group_sizes": config.group_sizes,
         "pattern": config.pattern,
         "modules": len(shapes),
         "target_sparsity": config.sparsity,
         "lm_head": None if config.head is None else _head_facts(config.head, shapes[config.head], config),
-        "sparsity": 1 - sum(entry.nnz for entry in config.modules.values()) / groups,
+        "sparsity": 1 - sum(nnz * size for nnz, size in sizes.values()) / weights,
         "bits_per_weight": 8 * stored / weights,
         "compressed_weights": weights,
         "bytes": sum(path.stat().st_size for path in folder.glob("*.safetensors")),
@@ -67,11 +68,11 @@ def make_report(  # noqa: PLR0913, PLR0917 - a report says all there is to say
 
 def _head_facts(name: str, shape: tuple[int, int], config: GqsaConfig) -> dict[str, Any]:
     """Of the head alone: the name of its matrix, share of pruned groups, bits a weight."""
-    weights, nnz = shape[0] * shape[1], config.modules[name].nnz
+    weights, nnz, size = shape[0] * shape[1], config.modules[name].nnz, config.group_size_of(name)
     return {
         "name": name,
-        "sparsity": 1 - nnz * config.group_size / weights,
-        "bits_per_weight": 8 * module_bytes(*shape, nnz, config.group_size) / weights,
+        "sparsity": 1 - nnz * size / weights,
+        "bits_per_weight": 8 * module_bytes(*shape, nnz, size) / weights,
     }
 
 
@@ -81,9 +82,9 @@ library_name: vllm
 tags: [gqsa, int4, group-sparse]
 {base_model}---
 
-# {name}, GQSA W4 S{target} G{group_size}
+# {name}, GQSA W4 S{target} G{group_sizes}
 
-{model} with its linear layers compressed by vllm-gqsa: {percent} % of the groups of 1 x {group_size} weights are
+{model} with its linear layers compressed by vllm-gqsa: {percent} % of the groups of 1 x {group_sizes} weights are
 pruned (pattern `{pattern}`), the others are INT4 with a scale and a zero point each. {head}
 
 | | dense | this checkpoint |
@@ -144,7 +145,7 @@ def model_card(report: dict[str, Any], folder: str = "path/to/this/folder") -> s
         target=round(100 * report["target_sparsity"]),
         percent=round(100 * report["sparsity"]),
         head=_head_sentence(report["lm_head"]),
-        group_size=report["group_size"],
+        group_sizes="/".join(map(str, report["group_sizes"])),
         pattern=report["pattern"],
         modules=report["modules"],
         bits_per_weight=report["bits_per_weight"],

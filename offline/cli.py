@@ -354,24 +354,26 @@ def inspect_command(
         print(json.dumps(found.to_json()))
         return
     table = Table(title=str(checkpoint))
-    for heading in ("module", "out x in", "sparsity", "nnz", "a row", "bits a weight"):
+    for heading in ("module", "out x in", "G", "sparsity", "nnz", "a row", "bits a weight"):
         # Names are folded, never cut: they are there to be copied.
         table.add_column(heading, justify="left" if heading == "module" else "right", overflow="fold")
     for m in found.modules:
         table.add_row(
             m.name,
             f"{m.out_features} x {m.in_features}",
+            str(m.group_size),
             f"{100 * m.sparsity:.1f} %",
             str(m.nnz),
             f"{m.row_nnz_min}" if m.row_nnz_min == m.row_nnz_max else f"{m.row_nnz_min}..{m.row_nnz_max}",
             f"{m.bits_per_weight:.3f}",
         )
     _out.print(table)
+    sizes = "/".join(map(str, found.group_sizes))
     _facts(
         "in all",
         {
             "compressed linears": f"{len(found.modules)}, {found.compressed_weights / 1e6:.1f} M weights",
-            "sparsity": f"{100 * found.sparsity:.1f} % of groups of {found.group_size}, pattern {found.pattern}",
+            "sparsity": f"{100 * found.sparsity:.1f} % of groups of {sizes}, pattern {found.pattern}",
             "bits a weight": f"{found.bits_per_weight:.3f}",
             "bytes": f"{_megabytes(found.compressed_bytes)} compressed, {_megabytes(found.bytes)} with all else",
         },

@@ -171,13 +171,15 @@ def _checkpoint(found: Diagnosis, folder: Path, device: str) -> None:
     config = reader.config
     size = sum(path.stat().st_size for path in set(reader.files.file_of.values()))
     nnz = sum(entry.nnz for entry in config.modules.values())
+    sizes = "/".join(map(str, config.group_sizes))
     found.facts["checkpoint"] = (
-        f"{folder}: {len(config.modules)} modules, {nnz} groups of {config.group_size} kept, {size / 1e6:.1f} MB; "
+        f"{folder}: {len(config.modules)} modules, {nnz} groups of {sizes} kept, {size / 1e6:.1f} MB; "
         "names and counts are right (gqsa verify checks the values)"
     )
     for dtype in _DTYPES:
         try:
-            chosen = f"{choose(device, dtype, config.group_size)} on {device}"
+            kernels = [str(choose(device, dtype, size)) for size in config.group_sizes]
+            chosen = f"{', '.join(dict.fromkeys(kernels))} on {device}"
         except (RuntimeError, ValueError):  # a broken library or environment, which is among the problems already
             chosen = "none"
         found.facts[f"in {str(dtype).removeprefix('torch.')}"] = chosen

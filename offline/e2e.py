@@ -80,17 +80,17 @@ class EndToEndJob:
     state: Path
     progress: Callable[[int, int], None]
 
-    def linear(self, _name: str, dense: Any, matrix: GroupSparseMatrix | None) -> TrainedLinear:  # noqa: ANN401
+    def linear(self, name: str, dense: Any, matrix: GroupSparseMatrix | None) -> TrainedLinear:  # noqa: ANN401
         """What a linear of the model is while it is trained.
 
         Args:
-            _name: its full name.
+            name: its full name.
             dense: the linear, without weights.
             matrix: what the stage before made of it; None before pruning.
         """
         if matrix is None:
             shape = (dense.out_features, dense.in_features)
-            return MaskedLinear(shape, self.recipe.group_size, dense.bias, self.device)
+            return MaskedLinear(shape, self.recipe.group_size_of(name), dense.bias, self.device)
         frozen = not isinstance(self.settings, Distillation)
         return GroupSparseLinear(matrix, dense.bias, self.device, frozen_codes=frozen)
 

@@ -65,6 +65,11 @@ def module_bytes(out_features: int, in_features: int, nnz: int, group_size: int)
     return 4 * (out_features + 1) + bitmap + nnz * (group_size // 2 + 2)
 
 
+def _stored(rows: int, columns: int, recipe: Recipe) -> int:
+    groups = columns // recipe.group_size
+    return module_bytes(rows, columns, rows * round(groups * (1 - recipe.sparsity)), recipe.group_size)
+
+
 def estimate(
     model: DenseModel,
     family: Family,
@@ -87,19 +92,19 @@ def estimate(
     skeleton = meta_model(model.config)
     blocks = skeleton.get_submodule(family.blocks)
     count = len(blocks)
-    g = recipe.group_size
     weights = sum(rows * columns for rows, columns in shapes.values())
     head = head_name(model.config, family, recipe)
-    shares = {name: recipe.sparsity_of(name) if name != head else recipe.for_head().sparsity for name in shapes}
-    stored = sum(module_bytes(r, c, r * round(c // g * (1 - shares[name])), g) for name, (r, c) in shapes.items())
+    recipes = {name: recipe.for_head(name) if name == head else recipe.for_linear(name) for name in shapes}
+    stored = sum(_stored(*shape, recipes[name]) for name, shape in shapes.items())
     replaced = sum(model.tensor_bytes(f"{name}.weight") for name in shapes)
     output = model.nbytes - replaced + stored
     gflops = _gflops(device, torch.float32)
     # Gradual pruning takes the place of the one-shot pass: what is left of it are forward passes, and the head.
     pruned = {head: shapes[head]} if recipe.prune and head else {} if recipe.prune else shapes
     seconds = _operations(recipe, family, pruned, skeleton, head) / (gflops * 1e9)
-    peak = _peak(skeleton, blocks, family, recipe, batch, shapes.get(head or ""))
-    inside = sum(r * c for name, (r, c) in shapes.items() if name != head)
+    heads = 0 if head is None else _head_floats(*shapes[head], recipes[head].group_size)
+    peak = _peak(skeleton, blocks, family, recipe, batch, heads)
+    inside = {name: r * c for name, (r, c) in shapes.items() if name != head}
     precision = resolve_precision(recipe.precision, torch.device(device))
     costs = training_costs(skeleton, blocks, inside, recipe, batch, precision)
     speed = _TRAINING_SPEED * 1e9 * _gflops(device, getattr(torch, precision)) if costs else 1.0
@@ -130,7 +135,7 @@ def _peak(
     family: Family,
     recipe: Recipe,
     batch: int,
-    head: tuple[int, int] | None,
+    heads: int,
 ) -> int:
     """The largest of the three peaks: compressing a block, the head, and the logits of the perplexity."""
     config = skeleton.config
@@ -147,7 +152,6 @@ def _peak(
         2 * tokens + REPORTED_WINDOWS * recipe.context
     )  # what the dense and the compressed model feed it
     logits = 3 * recipe.context * config.vocab_size
-    heads = 0 if head is None else _head_floats(*head, recipe.group_size)
     return 4 * (outside + block + streams + max(working + activations, heads, logits))
 
 

@@ -35,7 +35,8 @@ class _Sizes:
         linears: of all blocks.
         token: weights on a token's way to its logits.
         outside: parameters outside the blocks.
-        kept: parameters that training has for each weight of a linear.
+        kept: parameters that training has for each weight of a linear, those of scales and zero points among them.
+        scales: those of scales and zero points alone.
         width: inputs and outputs of a block's linears, summed.
         half: bytes of a number in the arithmetic of training.
     """
@@ -45,6 +46,7 @@ class _Sizes:
     token: int
     outside: int
     kept: float
+    scales: float
     width: int
     half: int
 
@@ -56,7 +58,7 @@ class _Sizes:
 def training_costs(
     skeleton: Any,  # noqa: ANN401 - transformers chooses the class
     blocks: Any,  # noqa: ANN401
-    weights: int,
+    inside: dict[str, int],
     recipe: Recipe,
     batch: int,
     precision: str,
@@ -66,7 +68,7 @@ def training_costs(
     Args:
         skeleton: the model without memory for weights.
         blocks: its list of blocks.
-        weights: number of weights in the compressed linears of all blocks.
+        inside: number of weights of each compressed linear of the blocks.
         recipe: the settings.
         batch: windows at a time.
         precision: ``bfloat16`` or ``float32``.
@@ -74,13 +76,17 @@ def training_costs(
     config = skeleton.config
     outside = sum(p.numel() for p in skeleton.parameters()) - sum(p.numel() for p in blocks.parameters())
     linears = [p for p in blocks[0].parameters() if p.dim() == 2]
+    weights = sum(inside.values())
+    kept = {name: count * (1 - recipe.sparsity_of(name)) for name, count in inside.items()}
+    # A scale and a zero point stand beside each kept group.
+    scales = sum(2 * count / recipe.group_size_of(name) for name, count in kept.items())
     sizes = _Sizes(
         block=weights // len(blocks),
         linears=weights,
         token=weights + config.hidden_size * config.vocab_size,
         outside=outside,
-        # A scale and a zero point stand beside each kept group.
-        kept=(1 - recipe.sparsity) * (1 + 2 / recipe.group_size),
+        kept=(sum(kept.values()) + scales) / max(1, weights),
+        scales=scales / max(1, weights),
         width=sum(p.shape[0] + p.shape[1] for p in linears),
         half=2 if precision == "bfloat16" else 4,
     )
@@ -108,7 +114,7 @@ def _end_to_end(
     elif isinstance(settings, Distillation):
         trained = sizes.kept
     else:
-        trained = 2 * (1 - recipe.sparsity) / recipe.group_size
+        trained = sizes.scales
     state = sizes.linears * trained * _PARAMETER * 0.75  # the gradient is not saved
     teacher = (sizes.linears + sizes.outside) * sizes.half if settings.loss == "kl" else 0
     # Between the passes: the weights that are multiplied by, and each block's activations, or one block's of both.

@@ -84,6 +84,6 @@ def compress_head(
         if name != HEAD:
             # An input that the head never sees stands in the embedding all the same.
             inverse = replace(inverse, dead=torch.zeros_like(inverse.dead))
-        return sparsify(weight, inverse, recipe.for_head())
+        return sparsify(weight, inverse, recipe.for_head(name))
     except ValueError as error:
         raise InputError(f"{name}: {error}") from error

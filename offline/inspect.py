@@ -23,6 +23,7 @@ class ModuleFacts:
         name: unfused Hugging Face name.
         out_features: rows N.
         in_features: columns K.
+        group_size: G.
         nnz: kept groups.
         sparsity: share of pruned groups.
         bits_per_weight: of this linear.
@@ -34,6 +35,7 @@ class ModuleFacts:
     name: str
     out_features: int
     in_features: int
+    group_size: int
     nnz: int
     sparsity: float
     bits_per_weight: float
@@ -48,10 +50,11 @@ class Inspection:
 
     Attributes:
         modules: one entry a compressed linear.
-        group_size: G.
+        group_size: G of all linears that have none of their own.
+        group_sizes: of all linears, each once.
         pattern: scope the mask was chosen in.
         compressed_weights: weights of the dense twin in the compressed linears.
-        sparsity: share of pruned groups over all.
+        sparsity: share of pruned weights over all.
         bits_per_weight: over all compressed linears.
         compressed_bytes: of their tensors.
         bytes: of all safetensors files.
@@ -59,6 +62,7 @@ class Inspection:
 
     modules: list[ModuleFacts]
     group_size: int
+    group_sizes: list[int]
     pattern: str
     compressed_weights: int
     sparsity: float
@@ -109,6 +113,7 @@ def inspect_checkpoint(folder: Path) -> Inspection:
             ModuleFacts(
                 name,
                 *shape,
+                matrix.group_size,
                 matrix.nnz,
                 matrix.sparsity,
                 matrix.bits_per_weight,
@@ -122,9 +127,10 @@ def inspect_checkpoint(folder: Path) -> Inspection:
     return Inspection(
         modules=modules,
         group_size=reader.config.group_size,
+        group_sizes=reader.config.group_sizes,
         pattern=reader.config.pattern,
         compressed_weights=weights,
-        sparsity=1 - sum(m.nnz for m in modules) * reader.config.group_size / max(1, weights),
+        sparsity=1 - sum(m.nnz * m.group_size for m in modules) / max(1, weights),
         bits_per_weight=8 * size / max(1, weights),
         compressed_bytes=size,
         bytes=sum(path.stat().st_size for path in set(reader.files.file_of.values())),
@@ -150,7 +156,7 @@ def plot(inspection: Inspection, path: Path) -> None:
     top.legend(ncols=4, fontsize="small")
     figure.suptitle(
         f"{inspection.bits_per_weight:.2f} bits a weight, {100 * inspection.sparsity:.1f} % of groups of "
-        f"{inspection.group_size} pruned"
+        f"{'/'.join(map(str, inspection.group_sizes))} pruned"
     )
     try:
         figure.savefig(path, dpi=120, format="png")

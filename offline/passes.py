@@ -90,7 +90,7 @@ class Work:
 
     def block(self, shard: Path) -> CompressedBlock:
         """What a shard holds."""
-        return read_block(shard, self.shapes, self.recipe.group_size)
+        return read_block(shard, self.shapes, self.recipe.group_size_of)
 
     def stream(self) -> ModelStream:
         """The model's other parts, and its blocks dense."""

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 import vllm_gqsa
-from vllm_gqsa.format import HEAD, CheckpointReader, is_ignored, read_json
+from vllm_gqsa.format import HEAD, CheckpointReader, check_fused, is_ignored, read_json
 from vllm_gqsa.offline import parallel
 from vllm_gqsa.offline.card import REPORT_FILE, make_report, model_card
 from vllm_gqsa.offline.errors import InputError
@@ -103,9 +103,9 @@ def check_layers(model: DenseModel, family: Family, recipe: Recipe) -> dict[str,
     """Shapes ``(out_features, in_features)`` of all linears to compress, the head last, if the recipe fits them.
 
     Raises:
-        InputError: a linear is missing from the files, an entry of ``ignore`` matches none, or the group size or
-            pattern does not fit its shape; or the head cannot be compressed, see
-            :func:`vllm_gqsa.offline.head.find_head`.
+        InputError: a linear is missing from the files, an entry of ``ignore`` or ``overrides`` matches none, the group
+            size or pattern does not fit its shape, or linears of a fused layer differ in their group size; or the head
+            cannot be compressed, see :func:`vllm_gqsa.offline.head.find_head`.
     """
     skeleton = meta_model(model.config)
     head = find_head(model, family, recipe)
@@ -124,12 +124,14 @@ def check_layers(model: DenseModel, family: Family, recipe: Recipe) -> dict[str,
             raise InputError(f"{model.folder}: {name}.weight is missing")
         if not rows * columns:
             raise InputError(f"{name}: config.json gives it the shape {rows} x {columns}")
-        if columns % recipe.group_size:
+        size = recipe.group_size_of(name)
+        if columns % size:
+            option = "--group-size" if size == recipe.group_size else "one in overrides"
             raise InputError(
-                f"{name}: group_size {recipe.group_size} does not divide its {columns} input features; "
-                f"choose another --group-size or {instead}"
+                f"{name}: group_size {size} does not divide its {columns} input features; "
+                f"choose another {option} or {instead}"
             )
-        groups = columns // recipe.group_size
+        groups = columns // size
         if ":" in pattern and groups % int(pattern.split(":")[1]):
             raise InputError(
                 f"{name}: pattern {pattern} does not divide its {groups} groups a row; "
@@ -138,6 +140,7 @@ def check_layers(model: DenseModel, family: Family, recipe: Recipe) -> dict[str,
         shapes[name] = (rows, columns)
     if not shapes:
         raise InputError("every linear is ignored, nothing is left to compress")
+    _check_overrides(recipe, list(shapes), head)
     return shapes
 
 
@@ -146,6 +149,21 @@ def _check_ignore(family: Family, recipe: Recipe, blocks: int) -> None:
     for entry in recipe.ignore:
         if not any(is_ignored(name, (entry,)) for name in (*linears, HEAD)):
             raise InputError(f"--ignore {entry}: matches no linear of the model; their names are like {linears[0]}")
+
+
+def _check_overrides(recipe: Recipe, names: list[str], head: str | None) -> None:
+    for entry, override in recipe.overrides.items():
+        fits = [name for name in names if is_ignored(name, (entry,))]
+        if override.group_size is None and fits == [head]:
+            raise InputError(f"overrides {entry}: is the head, which has its sparsity from lm_head; give it there")
+        if not fits:
+            raise InputError(
+                f"overrides {entry}: matches no linear that is compressed; their names are like {names[0]}"
+            )
+    try:
+        check_fused({name: recipe.group_size_of(name) for name in names})
+    except ValueError as error:
+        raise InputError(f"overrides: {error}") from error
 
 
 def compress(job: Job, progress: Progress) -> dict[str, Any]:

@@ -1,11 +1,11 @@
 """What is done to the weights: every choice that changes the result stands here."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serializer, model_validator
 
 from vllm_gqsa.format import GROUP_SIZES, HEAD, check_ignore, is_ignored, parse_pattern
 from vllm_gqsa.offline.errors import InputError
@@ -17,6 +17,7 @@ __all__ = [
     "EndToEnd",
     "GradualPruning",
     "Importance",
+    "Override",
     "Precision",
     "Recipe",
     "Training",
@@ -113,6 +114,37 @@ class Distillation(EndToEnd):
     """Learning rate of the kept weights."""
 
 
+class Override(BaseModel):
+    """What is other for some linears; a number alone is a sparsity."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    sparsity: float | None = Field(default=None, ge=0, lt=1)
+    """Share of groups that is pruned."""
+    group_size: int | None = None
+    """Input features a group. A serving engine joins q, k and v, gate and up, and the experts of a mixture: the same
+    for all of them."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _number(cls, value: Any) -> Any:  # noqa: ANN401 - whatever stands in the file
+        return value if isinstance(value, (Mapping, cls)) else {"sparsity": value}
+
+    @model_validator(mode="after")
+    def _says_something(self) -> "Override":
+        if self.sparsity is None and self.group_size is None:
+            raise ValueError("gives neither sparsity nor group_size")
+        if self.group_size is not None:
+            _check_group_size(self.group_size)
+        return self
+
+    @model_serializer
+    def _short(self) -> float | dict[str, float | int] | None:
+        if self.group_size is None:
+            return self.sparsity
+        return {name: value for name, value in self if value is not None}
+
+
 class Recipe(BaseModel):
     """Settings of one compression; together with the model and the text they determine the checkpoint."""
 
@@ -140,9 +172,10 @@ class Recipe(BaseModel):
     """Chooses the calibration windows."""
     ignore: Annotated[tuple[str, ...], Field()] = ()
     """Linears left dense: names, or ``re:`` and a regular expression. The head is, unless ``lm_head`` is set."""
-    overrides: Mapping[str, Annotated[float, Field(ge=0, lt=1)]] = {}
-    """Other sparsities: a name, or ``re:`` and a regular expression, and the share of groups to prune there. The first
-    that fits counts."""
+    overrides: Mapping[str, Override] = {}
+    """Other sparsities and group sizes: a name, or ``re:`` and a regular expression, and what is other there. The first
+    that fits and gives a sparsity counts for it, and so with the group size. The head has its sparsity from ``lm_head``
+    alone."""
     precision: Precision = "auto"
     """Arithmetic of the training stages; parameters are float32 always. ``auto``: bfloat16 where the device multiplies
     it in hardware."""
@@ -162,15 +195,30 @@ class Recipe(BaseModel):
 
     def sparsity_of(self, name: str) -> float:
         """Share of groups to prune in the linear ``name`` (the head has its own, see :meth:`for_head`)."""
-        return next((share for entry, share in self.overrides.items() if is_ignored(name, (entry,))), self.sparsity)
+        shares = (each.sparsity for each in self._overrides_of(name))
+        return next((share for share in shares if share is not None), self.sparsity)
+
+    def group_size_of(self, name: str) -> int:
+        """Input features a group of the linear ``name``, or of the head's matrix."""
+        return next((each.group_size for each in self._overrides_of(name) if each.group_size), self.group_size)
+
+    def _overrides_of(self, name: str) -> Iterator[Override]:
+        return (override for entry, override in self.overrides.items() if is_ignored(name, (entry,)))
 
     @property
     def left_dense(self) -> tuple[str, ...]:
         """What config.json lists as ignored: ``ignore``, and the head where it stays dense."""
         return tuple(dict.fromkeys((HEAD, *self.ignore))) if self.lm_head is None else self.ignore
 
-    def for_head(self) -> "Recipe":
+    def for_linear(self, name: str) -> "Recipe":
+        """The recipe of one linear, its overrides applied."""
+        return self.model_copy(update={"sparsity": self.sparsity_of(name), "group_size": self.group_size_of(name)})
+
+    def for_head(self, name: str) -> "Recipe":
         """The recipe of the head alone. An ``n:m`` pattern prunes a fixed share, so the head's scope is the row then.
+
+        Args:
+            name: of the head's matrix: its own, or that of the embedding that it is tied to.
 
         Raises:
             ValueError: the head stays dense.
@@ -178,12 +226,12 @@ class Recipe(BaseModel):
         if self.lm_head is None:
             raise ValueError("the recipe leaves the head dense")
         pattern = "row" if ":" in self.pattern else self.pattern
-        return self.model_copy(update={"sparsity": self.lm_head, "pattern": pattern})
+        changes = {"sparsity": self.lm_head, "pattern": pattern, "group_size": self.group_size_of(name)}
+        return self.model_copy(update=changes)
 
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":
-        if self.group_size not in GROUP_SIZES:
-            raise ValueError(f"group_size {self.group_size} is not one of {', '.join(map(str, GROUP_SIZES))}")
+        _check_group_size(self.group_size)
         check_ignore(self.ignore)
         try:
             check_ignore(tuple(self.overrides))
@@ -202,8 +250,10 @@ class Recipe(BaseModel):
                 f"prune raises the share of pruned groups step by step, which pattern {self.pattern} cannot; choose "
                 "row or matrix, or a recipe without prune"
             )
-        if self.overrides and self.pattern not in ("row", "matrix"):
-            raise ValueError(f"pattern {self.pattern} prunes the same share everywhere; leave out overrides")
+        if self.pattern not in ("row", "matrix") and any(o.sparsity is not None for o in self.overrides.values()):
+            raise ValueError(
+                f"pattern {self.pattern} prunes the same share everywhere; leave out sparsities of overrides"
+            )
         if self.lm_head is not None and is_ignored(HEAD, self.ignore):
             raise ValueError(f"ignore takes {HEAD}, which is to be compressed; give one of --lm-head and --ignore")
         return self
@@ -243,6 +293,11 @@ class Recipe(BaseModel):
     def to_yaml(self) -> str:
         """As :meth:`read` takes it from a file, every setting written out."""
         return str(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))
+
+
+def _check_group_size(value: int) -> None:
+    if value not in GROUP_SIZES:
+        raise ValueError(f"group_size {value} is not one of {', '.join(map(str, GROUP_SIZES))}")
 
 
 def _first_error(error: ValidationError) -> str:

@@ -37,8 +37,7 @@ def one_shot(context: BlockContext, _state: CompressedBlock) -> CompressedBlock:
             inverse = InverseHessian.of(hessian, context.recipe.damping)
             for name in group:
                 weight: torch.Tensor = context.block.module.get_submodule(context.local[name]).weight  # type: ignore[assignment]
-                recipe = context.recipe.model_copy(update={"sparsity": context.recipe.sparsity_of(name)})
-                state.matrices[name] = sparsify(weight, inverse, recipe)
+                state.matrices[name] = sparsify(weight, inverse, context.recipe.for_linear(name))
                 modules[name] = _output_error(weight, state.matrices[name].to_dense().to(weight.device), hessian)
                 context.step(1)
         except ValueError as error:

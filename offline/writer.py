@@ -1,7 +1,7 @@
 """The files of a checkpoint: one shard a block, one for a compressed head, one for all else, index, tokenizer."""
 
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -45,13 +45,15 @@ def write_block(shard: Path, model: DenseModel, names: Iterable[str], state: Com
     write_tensors(shard, tensors)
 
 
-def read_block(shard: Path, shapes: Mapping[str, tuple[int, int]], group_size: int) -> CompressedBlock:
+def read_block(
+    shard: Path, shapes: Mapping[str, tuple[int, int]], group_size_of: Callable[[str], int]
+) -> CompressedBlock:
     """Read the shard of one block.
 
     Args:
         shard: the file.
         shapes: ``(out_features, in_features)`` of compressed linears by full name, those of other blocks too.
-        group_size: G.
+        group_size_of: G of a compressed linear, by its full name.
 
     Raises:
         FormatError: a linear breaks the format.
@@ -60,7 +62,7 @@ def read_block(shard: Path, shapes: Mapping[str, tuple[int, int]], group_size: i
     state = CompressedBlock()
     for name in [n.removesuffix(".qweight") for n in tensors if n.endswith(".qweight")]:
         parts = {suffix: tensors.pop(f"{name}.{suffix}") for suffix in TENSORS}
-        state.matrices[name] = GroupSparseMatrix.from_tensors(parts, shapes[name][1], group_size)
+        state.matrices[name] = GroupSparseMatrix.from_tensors(parts, shapes[name][1], group_size_of(name))
         state.matrices[name].validate(f"{shard}: {name}", shapes[name])
     state.tensors = tensors
     return state
@@ -113,8 +115,12 @@ def write_rest(
         sparsity=recipe.sparsity,
         pattern=recipe.pattern,
         ignore=(*recipe.left_dense, *family.always_dense),
-        modules={name: ModuleEntry(nnz=kept[name]) for name in shapes},
+        modules={name: _entry(kept[name], recipe.group_size_of(name), recipe) for name in shapes},
     )
+
+
+def _entry(nnz: int, group_size: int, recipe: Recipe) -> ModuleEntry:
+    return ModuleEntry(nnz=nnz) if group_size == recipe.group_size else ModuleEntry(nnz=nnz, group_size=group_size)
 
 
 def _data_bytes(shard: Path) -> int:

@@ -125,7 +125,7 @@ def test_the_mask_is_chosen_anew_from_the_weights_of_the_moment():
 
 def test_overrides_give_some_linears_another_sparsity(dense, text, tmp_path):
     for name, recipe in (("a", GRADUAL), ("b", Recipe(samples=8, context=48))):
-        changed = recipe.model_copy(update={"overrides": {"re:.*v_proj": 0.25, "re:.*layers.1.mlp": 0.75}})
+        changed = recipe.changed({"overrides": {"re:.*v_proj": 0.25, "re:.*layers.1.mlp": 0.75}})
         compress(job(dense("llama"), text, tmp_path / name, changed), silent)
         found = {m.name: m.sparsity for m in inspect_checkpoint(tmp_path / name).modules}
         assert found["model.layers.1.self_attn.v_proj"] == 0.25

@@ -190,7 +190,7 @@ def test_a_recipe_that_ignores_the_head_it_compresses():
         Recipe(lm_head=0, ignore=("re:lm",))
     assert Recipe(ignore=("lm_head", "a")).left_dense == ("lm_head", "a")
     with pytest.raises(ValueError, match="leaves the head dense"):
-        Recipe().for_head()
+        Recipe().for_head(HEAD)
 
 
 def test_verify_notices_a_damaged_table(finished, tmp_path):

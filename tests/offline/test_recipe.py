@@ -103,12 +103,13 @@ def test_estimated_costs_grow_with_what_causes_them(dense):
     model = DenseModel(str(dense("llama")))
     skeleton = meta_model(model.config)
     blocks = skeleton.get_submodule("model.layers")
-    weights = sum(p.numel() for p in blocks.parameters() if p.dim() == 2)
+    inside = {name: p.numel() for name, p in blocks.named_parameters() if p.dim() == 2}
+    weights = sum(inside.values())
 
     def cost(precision="float32", batch=8, **settings):
         recipe = Recipe(**settings)
         (name,) = {"prune", "bqpo", "distill", "oqp"} & settings.keys()
-        return training_costs(skeleton, blocks, weights, recipe, batch, precision)[name]
+        return training_costs(skeleton, blocks, inside, recipe, batch, precision)[name]
 
     distill = cost(distill=Distillation(tokens=1000))
     assert distill.operations == 8 * (weights + 300 * 64) * 1000
