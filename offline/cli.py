@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -25,6 +25,9 @@ from rich.table import Table
 from vllm_gqsa.format import FormatError, parse_pattern
 from vllm_gqsa.offline.errors import InputError, missing_extra
 from vllm_gqsa.offline.recipe import Importance, Precision, Recipe
+
+if TYPE_CHECKING:
+    from vllm_gqsa.offline.tasks import TaskScore
 
 __all__ = ["main"]
 
@@ -176,10 +179,10 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
 
         def report(phase: str, done: int, total: int) -> None:
             if phase not in tasks:
-                tasks[phase] = bars.add_task(phase, total=total)
+                tasks[phase] = bars.add_task(escape(phase), total=total)
             bars.update(tasks[phase], completed=done)
             if not _err.is_terminal and (done == total or done % max(1, total // 10) == 0):
-                _err.print(f"{phase}: {done} of {total}")
+                _err.print(escape(f"{phase}: {done} of {total}"))
 
         yield report
 
@@ -445,20 +448,56 @@ def doctor(
 
 @app.command("eval")
 def eval_command(
+    call: typer.Context,
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Dense model or GQSA checkpoint: folder or hub name.")],
-    text: Annotated[str, typer.Option(help="Text: a .txt, .jsonl or .parquet file, or a datasets name (name:config).")],
+    text: Annotated[
+        str | None, typer.Option(help="Text: a .txt, .jsonl or .parquet file, or a datasets name (name:config).")
+    ] = None,
     split: Annotated[str, typer.Option(help="Split of a dataset.")] = "test",
     column: Column = "text",
     context: Annotated[
         int, typer.Option(min=2, help="Tokens a window; perplexities at other contexts do not compare.")
     ] = 2048,
     max_windows: Annotated[int | None, typer.Option(min=1, help="Use only the first windows.  [default: all]")] = None,
+    task: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            help="In the place of --text: JSON lines with query, choices and gold, or context and continuation. May be "
+            "given several times.",
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Use only the first lines of each --task.  [default: all]")
+    ] = None,
     engine: Annotated[Literal["transformers", "vllm"], typer.Option(help="What runs the model.")] = "transformers",
     dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Activations.")] = "float32",
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Measure perplexity: the text is joined, cut into windows without overlap, and the loss averaged."""
+    """Measure perplexity on a text, or score tasks by the rules of lm-evaluation-harness.
+
+    For perplexity the text is joined, cut into windows without overlap, and the loss averaged.
+    """
+    if (text is None) is (not task):
+        raise InputError("gqsa eval takes either --text, for perplexity, or --task, for task sets")
+    for name in ("split", "column", "context", "max_windows") if text is None else ("limit",):
+        source = call.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise InputError(f"--{name.replace('_', '-')} does not go with {'--task' if text is None else '--text'}")
+    facts = {"model": model, "engine": engine, "dtype": dtype}
+    if text is None:
+        from vllm_gqsa.offline.tasks import evaluate_tasks
+
+        with _progress() as progress:
+            scores = evaluate_tasks(
+                model, task or [], limit=limit, engine=engine, dtype=dtype, device=device, progress=progress
+            )
+        if as_json:
+            print(json.dumps({**facts, "tasks": [score.to_json() for score in scores]}))
+        else:
+            _show_scores(f"{model}, {engine}, {dtype}", scores)
+        return
     from vllm_gqsa.offline.perplexity import evaluate
     from vllm_gqsa.offline.text import TextSource
 
@@ -468,12 +507,27 @@ def eval_command(
             dtype=dtype, device=device, progress=lambda done, total: progress("windows", done, total),
         )  # fmt: skip
     if as_json:
-        print(json.dumps({"model": model, "engine": engine, "dtype": dtype, **found.to_json()}))
+        print(json.dumps({**facts, **found.to_json()}))
         return
     _out.print(
         f"perplexity {found.perplexity:.4f} ({found.windows} windows of {found.context} tokens, {engine}, {dtype})",
         highlight=False,
     )
+
+
+def _show_scores(title: str, scores: "list[TaskScore]") -> None:
+    table = Table(title=title)
+    for heading in ("task", "items", "metric", "value", "standard error"):
+        table.add_column(heading, justify="left" if heading in {"task", "metric"} else "right", overflow="fold")
+    for score in scores:
+        name = escape(Path(score.task).name)
+        for metric, (value, error) in score.metrics.items():
+            table.add_row(name, str(score.items), metric, f"{value:.4f}", "" if error is None else f"{error:.4f}")
+    _out.print(table)
+    for score in scores:
+        if score.truncated:
+            note = f"{score.task}: {score.truncated} contexts, longer than the model takes, were cut at the left"
+            _out.print(escape(note), highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,21 @@
 """Perplexity, by three engines that must agree: block by block, transformers, and vLLM's prompt logprobs."""
 
 import math
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
+from vllm_gqsa.offline.engine import Engine, load_transformers, load_vllm
 from vllm_gqsa.offline.errors import InputError
 from vllm_gqsa.offline.source import load_config, load_tokenizer, model_folder
 from vllm_gqsa.offline.stream import ModelStream
 from vllm_gqsa.offline.text import TextSource, check_context, token_windows
 
-__all__ = ["REPORTED_WINDOWS", "Engine", "Perplexity", "evaluate", "streamed_perplexity"]
+__all__ = ["REPORTED_WINDOWS", "Perplexity", "evaluate", "streamed_perplexity"]
 
-Engine = Literal["transformers", "vllm"]
 REPORTED_WINDOWS = 16
 """Windows a compression measures for its model card, unless told otherwise."""
 Progress = Callable[[int, int], None]
@@ -107,16 +106,7 @@ def evaluate(
 def _through_transformers(
     folder: Path, windows: torch.Tensor, dtype: str, device: str, progress: Progress
 ) -> list[torch.Tensor]:
-    from transformers import AutoModelForCausalLM  # noqa: PLC0415 - slow to import
-
-    import vllm_gqsa.hf  # noqa: F401, PLC0415 - registers the quantiser
-
-    model: Any
-    model, loading = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), output_loading_info=True)
-    if loading["missing_keys"]:
-        # transformers only warns, and gives random values to what is missing.
-        raise InputError(f"{folder}: tensor {min(loading['missing_keys'])} is missing")
-    model = model.to(device).eval()
+    model = load_transformers(folder, dtype, device)
     losses = []
     with torch.no_grad():
         for done, window in enumerate(windows.to(device), 1):
@@ -129,18 +119,7 @@ def _through_transformers(
 def _through_vllm(
     folder: Path, windows: torch.Tensor, dtype: str, _device: str, progress: Progress
 ) -> list[torch.Tensor]:
-    # vLLM logs to stdout, where --json is read; and on a CPU it asks for most of the memory unless told otherwise.
-    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    try:
-        from vllm import LLM, SamplingParams  # noqa: PLC0415 - optional and slow to import
-    except ImportError as error:
-        raise InputError(f"--engine vllm needs vLLM, which cannot be imported: {error}") from error
-
-    context = windows.shape[1]
-    # One token is always generated, so the window and one more must fit.
-    llm = LLM(str(folder), dtype=dtype, max_model_len=context + 1, enforce_eager=True, max_num_seqs=4)
-    sampling = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
+    llm, sampling = load_vllm(folder, dtype, windows.shape[1], sequences=4)
     losses = []
     for done, window in enumerate(windows.tolist(), 1):
         output = llm.generate({"prompt_token_ids": window}, sampling, use_tqdm=False)[0]

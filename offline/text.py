@@ -13,7 +13,7 @@ import torch
 
 from vllm_gqsa.offline.errors import InputError
 
-__all__ = ["TextSource", "check_context", "choose_windows", "read_documents", "token_windows"]
+__all__ = ["TextSource", "check_context", "choose_windows", "numbered_lines", "read_documents", "token_windows"]
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def _plain(path: Path, _column: str) -> Iterator[str]:
 
 
 def _json_lines(path: Path, column: str) -> Iterator[str]:
-    for number, line in _numbered_lines(path):
+    for number, line in numbered_lines(path):
         try:
             text = json.loads(line)[column]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -138,8 +138,12 @@ def _json_lines(path: Path, column: str) -> Iterator[str]:
         yield _as_text(text, f"{path}: line {number}")
 
 
-def _numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The lines that are not empty; decoded one by one, so that the number of a bad one is right."""
+def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The lines of a UTF-8 file, .gz too, that are not empty, with their numbers from 1.
+
+    Raises:
+        InputError: it is not what it should be; lines are decoded one by one, so the number of the bad one is right.
+    """
     number = 0
     try:
         with _open(path) as file:

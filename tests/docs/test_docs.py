@@ -29,7 +29,7 @@ def of(*programs):
 
 
 def test_every_program_is_known():
-    known = {"gqsa", "torchrun", "vllm", "make", "python", "pip", "curl", "ray", "git", "cd", "source"}
+    known = {"gqsa", "torchrun", "vllm", "make", "python", "pip", "curl", "ray", "lm_eval", "git", "cd", "source"}
     assert {command.words[0].removeprefix(".venv/bin/") for command in COMMANDS} <= known
 
 
@@ -62,6 +62,14 @@ def test_vllm_takes_the_command(command, vllm_parser):
     _, verb, *arguments = command.words
     assert verb == "serve"
     vllm_parser.parse_args(arguments)
+
+
+@of("lm_eval")
+def test_lm_eval_takes_the_command(command):
+    pytest.importorskip("lm_eval", reason="needs lm-eval")
+    from lm_eval._cli import HarnessCLI
+
+    HarnessCLI()._parser.parse_args(["run", *command.words[1:]])
 
 
 @of("make")

@@ -72,6 +72,8 @@ def models(short_recipes, tmp_path_factory):
     for name in ("my-text.txt", "other-text.txt"):
         (folder / name).write_text("\n".join(lines))
     (folder / "my-text.jsonl").write_text("\n".join(json.dumps({"text": line}) for line in lines))
+    rows = [{"query": line, "choices": rng.choices(words, k=4), "gold": 2} for line in lines]
+    (folder / "my-task.jsonl").write_text("\n".join(map(json.dumps, rows)))
     for text in (text for page in PAGES for text in code("yaml", page)):
         (folder / text.split()[1]).write_text(text)
     for name, importance in (("my-checkpoint", "obs"), ("my-checkpoint-2", "wanda")):
@@ -170,6 +172,24 @@ def test_reload_with_a_dense_head_of_its_own(short_recipes, here):
         [sys.executable, "snippet.py"], env={**os.environ, **CPU}, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.slow
+def test_lm_eval_with_vllm_gives_what_gqsa_eval_does(here):
+    """Run with lm-eval 0.4.13, which is no requirement of this project: pip install lm-eval."""
+    pytest.importorskip("lm_eval", reason="needs lm-eval")
+    (command,) = (each for each in commands(ROOT / "docs" / "evaluate.md") if each.words[0] == "lm_eval")
+    done = subprocess.run(
+        [sys.executable, "-m", *command.words, "--output_path", "scores"],
+        env={**os.environ, **CPU, **command.environment}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    (written,) = here.glob("scores/**/*.json")
+    theirs = json.loads(written.read_text())["results"]["my-task"]
+    (ours,) = json.loads(run("eval", "my-checkpoint", "--task", "my-task.jsonl", "--json").stdout)["tasks"]
+    for name in ("acc", "acc_norm"):
+        # One close call of the hundred may go the other way.
+        assert ours[name] == pytest.approx(theirs[f"{name},none"], abs=0.011)
 
 
 @pytest.mark.slow

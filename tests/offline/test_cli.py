@@ -140,6 +140,25 @@ def test_eval_prints_a_perplexity(checkpoint, text, monkeypatch, capsys):
     assert (found["windows"], found["context"], found["tokens"]) == (2, 32, 62)
 
 
+def test_eval_scores_tasks(checkpoint, tmp_path, monkeypatch, capsys):
+    files = [tmp_path / "choices[1].jsonl", tmp_path / "continuations.jsonl"]
+    files[0].write_text('{"query": "abc", "choices": ["de", "fgh"], "gold": 1}\n' * 3)
+    files[1].write_text(json.dumps({"context": "abc " * 100, "continuation": "de"}))
+    arguments = ["eval", checkpoint, "--task", files[0], "--task", files[1], "--limit", 2]
+    code, out, err = run(monkeypatch, capsys, *arguments, "--json")
+    choices, continuation = json.loads(out)["tasks"]
+    assert code == 0
+    assert (choices["task"], choices["items"], choices["acc_stderr"]) == (str(files[0]), 2, 0)
+    assert {choices["acc"], choices["acc_norm"]} <= {0, 1}
+    assert (continuation["items"], continuation["truncated"], continuation["acc_stderr"]) == (1, 1, None)
+    assert "choices[1].jsonl: 4 of 4" in err
+    code, out, _ = run(monkeypatch, capsys, *arguments)
+    assert code == 0
+    assert "choices[1].jsonl" in out
+    assert f"{continuation['perplexity']:.4f}" in out
+    assert "continuations.jsonl: 1 contexts, longer than the model takes, were cut at the left" in out
+
+
 def test_vllm_measures_the_perplexity_that_transformers_does(tmp_path, tokenizer, text):
     """In processes of their own, as programs call it: stdout holds the JSON object and nothing else."""
     pytest.importorskip("vllm", reason="needs vLLM")
@@ -207,6 +226,11 @@ def test_estimate_counts_the_bytes_that_are_stored(dense, tmp_path, monkeypatch,
     (("compress", "{dense}", "{tmp}/o", "--calibration", "{text}", "--context", "500"),
      "--context 500 is longer than the 128 positions of the model"),
     (("eval", "{dense}", "--text", "{text}"), "--context 2048 is longer than the 128 positions"),
+    (("eval", "{dense}"), "takes either --text, for perplexity, or --task, for task sets"),
+    (("eval", "{dense}", "--text", "{text}", "--task", "{text}"), "takes either --text"),
+    (("eval", "{dense}", "--text", "{text}", "--limit", "3"), "--limit does not go with --text"),
+    (("eval", "{dense}", "--task", "{text}", "--max-windows", "3"), "--max-windows does not go with --task"),
+    (("eval", "{dense}", "--task", "{text}"), "text.txt: line 1 is not JSON"),
     (("estimate", "{dense}", "--lm-head", "1"), "--lm-head: Input should be less than 1"),
     (("estimate", "{dense}", "--lm-head", "0", "--ignore", "lm_head"), "ignore takes lm_head, which is to be"),
     (("estimate", "{dense}", "--ignore", "re:("), "ignore 're:(' is not a regular expression"),
