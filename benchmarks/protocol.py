@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -120,9 +121,17 @@ class Worker:
             raise self._failure(f"said nothing for {timeout:.0f} s")
         line = self._process.stdout.readline()
         if not line:
-            raise self._failure("died")
+            raise self._failure(self._end())
         message: Message = json.loads(line)
         return message
+
+    def _end(self) -> str:
+        """How it ended: a signal, as where memory runs out, leaves no word of its own in the log."""
+        assert self._process is not None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_PATIENCE)
+        status = self._process.returncode or 0
+        return f"was killed by {signal.Signals(-status).name}; its last words" if status < 0 else "died"
 
     def _failure(self, what: str) -> BenchmarkError:
         lines = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()

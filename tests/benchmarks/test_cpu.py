@@ -289,6 +289,9 @@ def test_death_is_one_sentence_with_the_last_line_of_the_log(worker):
     failing = worker("raise RuntimeError('cannot start')")
     with pytest.raises(BenchmarkError, match="it died: RuntimeError: cannot start"):
         failing.start(60)
+    killed = worker("print('at work', flush=True); os.kill(os.getpid(), 9)")
+    with pytest.raises(BenchmarkError, match="it was killed by SIGKILL; its last words: at work"):
+        killed.start(60)
 
 
 def test_silence_ends(worker):
