@@ -244,8 +244,10 @@ class _Losses:
         settings = self._job.settings
         hidden = settings.hidden if backward else 0.0  # judged is what the model says
         options = {"use_cache": False, "output_hidden_states": bool(hidden)}
-        with torch.no_grad():
-            wanted = None if self._teacher is None else self._teacher(tokens, **options)
+        wanted: Any = None
+        if self._teacher is not None:
+            with torch.no_grad():
+                wanted = self._teacher(tokens, **options)
         with torch.set_grad_enabled(backward), arithmetic(self._precision, self._job.device):
             given = self._student(tokens, **options)
         with torch.set_grad_enabled(backward):

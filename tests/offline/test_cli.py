@@ -82,7 +82,8 @@ def test_inspect_shows_modules_and_totals_and_draws(checkpoint, tmp_path, monkey
     assert code == 0
     assert len(found["modules"]) == 21
     assert found["modules"][0] == {
-        "name": "model.layers.0.self_attn.q_proj", "out_features": 64, "in_features": 64, "nnz": 128, "sparsity": 0.5,
+        "name": "model.layers.0.self_attn.q_proj", "out_features": 64, "in_features": 64, "group_size": 16,
+        "nnz": 128, "sparsity": 0.5,
         "bits_per_weight": 8 * found["modules"][0]["bytes"] / 4096, "bytes": 4 * 65 + 64 + 128 * 10,
         "row_nnz_min": 2, "row_nnz_max": 2,
     }  # fmt: skip
