@@ -144,7 +144,7 @@ def test_eval_prints_a_perplexity(checkpoint, text, monkeypatch, capsys):
 def test_eval_scores_tasks(checkpoint, tmp_path, monkeypatch, capsys):
     files = [tmp_path / "choices[1].jsonl", tmp_path / "continuations.jsonl"]
     files[0].write_text('{"query": "abc", "choices": ["de", "fgh"], "gold": 1}\n' * 3)
-    files[1].write_text(json.dumps({"context": "abc " * 100, "continuation": "de"}))
+    files[1].write_text(json.dumps({"context": "abc " * 200, "continuation": "de"}))
     arguments = ["eval", checkpoint, "--task", files[0], "--task", files[1], "--limit", 2]
     code, out, err = run(monkeypatch, capsys, *arguments, "--json")
     choices, continuation = json.loads(out)["tasks"]
