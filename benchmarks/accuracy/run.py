@@ -86,8 +86,7 @@ class Bench:
         place = self.folder / method.slug
         place.mkdir(parents=True, exist_ok=True)
         self.say(f"{method.name} ({place})")
-        with _clock(place):
-            model, bits = self._make(method, place)
+        model, bits = self._make(method, place)
         facts = {
             "method": method.name, "tables": list(method.tables), "bits_per_weight": bits,
             "tokens_trained": method.tokens, "minutes": _minutes(place), "machine": processor(),
@@ -105,7 +104,7 @@ class Bench:
             assert method.recipe is not None
             return self._ours(method.recipe, place)
         spec = peers.PEERS[method.peer]
-        begin = self._peer(method.peer)
+        begin = self._peer(method.peer, place)
         if method.recipe is None:
             return begin, spec.bits_per_weight
         output = place / "model"
@@ -113,7 +112,8 @@ class Bench:
             windows = self._windows(method.recipe)[1]
             unfinished = place / "model.partial"
             folders = self.model, begin, unfinished
-            train_rival(spec, folders, method.recipe, windows, self.device, self._progress("training"))
+            with _clock(place):
+                train_rival(spec, folders, method.recipe, windows, self.device, self._progress("training"))
             unfinished.rename(output)
         return output, spec.bits_per_weight
 
@@ -122,13 +122,14 @@ class Bench:
         file.write_text(recipe.to_yaml(), "utf-8")
         if not (output / "config.json").exists():
             # The perplexity for the card is not what is reported here, so it is measured on little.
-            _gqsa(
-                "compress", str(self.model), str(output), "--recipe", str(file), "--calibration", str(self.calibration),
-                "--eval-windows", "2", "--device", self.device,
-            )  # fmt: skip
+            with _clock(place):
+                _gqsa(
+                    "compress", str(self.model), str(output), "--recipe", str(file),
+                    "--calibration", str(self.calibration), "--eval-windows", "2", "--device", self.device,
+                )  # fmt: skip
         return output, float(_gqsa_json("inspect", str(output))["bits_per_weight"])
 
-    def _peer(self, name: str) -> Path:
+    def _peer(self, name: str, place: Path) -> Path:
         """The folder a peer leaves; several rows may begin with it."""
         output = self.folder / "peers" / name
         if not (output / "config.json").exists():
@@ -138,7 +139,8 @@ class Bench:
             python = peers.install(self.folder / "peers-venv", self.say)
             unfinished = output.with_name(f"{name}.partial")
             shutil.rmtree(unfinished, ignore_errors=True)
-            peers.compress(python, name, self.model, windows, unfinished)
+            with _clock(place):
+                peers.compress(python, name, self.model, windows, unfinished)
             unfinished.rename(output)
         return output
 
@@ -180,14 +182,12 @@ class Bench:
 
 @contextmanager
 def _clock(place: Path) -> Iterator[None]:
-    """Adds the minutes to those of earlier attempts, if it took any."""
+    """Adds the minutes to those of earlier attempts."""
     start = time.monotonic()
     try:
         yield
     finally:
-        minutes = (time.monotonic() - start) / 60
-        if minutes > 0.1:
-            write_json(place / "minutes.json", {"minutes": _minutes(place) + minutes})
+        write_json(place / "minutes.json", {"minutes": _minutes(place) + (time.monotonic() - start) / 60})
 
 
 def _minutes(place: Path) -> float:

@@ -141,7 +141,7 @@ def test_report_of_rows_with_different_scores(tmp_path):
 
     document = {
         "model": "m", "date": "today", "versions": {"torch": "2"}, "budget": {"samples": 1, "context": 2, "tokens": 3},
-        "methods": [row("a", ["main", "scope"], wiki=20.0), row("b", ["main"], wiki=30.0, web=40.0)],
+        "methods": [row("a", ["main", "scope"], wiki=20.0), row("b", ["main", "scope", "stages"], wiki=30.0, web=40.0)],
     }  # fmt: skip
     lines = markdown(document).splitlines()
     assert "| a | 2.57 | 20.0 | – | 62.5 % | 9 | 1 |" in lines
