@@ -222,7 +222,7 @@ class _Losses:
 
     def __init__(self, job: EndToEndJob, student: nn.Module, teacher: nn.Module | None) -> None:
         self._job = job
-        self._student, self._teacher = student, teacher
+        self.student, self._teacher = student, teacher
         self._precision = resolve_precision(job.recipe.precision, job.device)
 
     def of(self, windows: torch.Tensor, *, backward: bool = False) -> float:
@@ -234,7 +234,7 @@ class _Losses:
         """
         *parts, last = windows.split(self._job.batch)
         total = 0.0
-        with parallel.apart(self._student):
+        with parallel.apart(self.student):
             for part in parts:
                 total += self._of_part(part, len(part) / len(windows), backward=backward)
         return total + self._of_part(last, len(last) / len(windows), backward=backward)
@@ -249,7 +249,7 @@ class _Losses:
             with torch.no_grad():
                 wanted = self._teacher(tokens, **options)
         with torch.set_grad_enabled(backward), arithmetic(self._precision, self._job.device):
-            given = self._student(tokens, **options)
+            given = self.student(tokens, **options)
         with torch.set_grad_enabled(backward):
             loss = self._of_logits(given.logits, wanted.logits if settings.loss == "kl" else None, tokens)
             if hidden:
@@ -298,6 +298,7 @@ def _train(job: EndToEndJob, student: _Student, losses: _Losses) -> dict[str, An
     pruning = _Pruning(job, student, steps)
     pruning.observe(student.model, windows[:_OBSERVED])
     state = _resume(job, student, optimizer, pruning) or {"step": 0, "curve": [], "before": losses.of(judges)}
+    parallel.warm_up(losses.student, lambda: losses.of(windows[:1], backward=True))
     saved = time.monotonic()
     for step in range(state["step"], steps):
         pruning.before_step(step)

@@ -7,6 +7,7 @@ windows. torchrun ends all of them when one has failed.
 
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
@@ -32,13 +33,15 @@ __all__ = [
     "share",
     "tell",
     "told",
+    "warm_up",
     "wrap",
 ]
 
 _PATIENCE = timedelta(days=30)
 """The others wait while the first works on blocks; that it is alive is torchrun's business."""
-_GRACE = 5.0
-"""Seconds in which torchrun, which looks ten times a second, ends this process if another one has failed."""
+_GRACE = 60.0
+"""Seconds in which torchrun, which looks ten times a second, ends this process if another one has failed. Python may
+take a few to exit."""
 _CPU = torch.device("cpu")
 
 
@@ -67,11 +70,9 @@ def run(command: Callable[[], None], follow: Callable[[], None]) -> None:
         else:
             follow()
     except Exception as error:
-        # One failure, one message. Who lost the connection to a process that failed is ended by torchrun while it
-        # waits here; so are the others where all fail alike.
-        if not is_first():
-            time.sleep(2 * _GRACE)
-        elif isinstance(error, RuntimeError):
+        # One failure, one message. While they wait here, torchrun ends those that lost the connection to the one that
+        # failed, and where all fail alike those that are not the first.
+        if not is_first() or "gloo" in str(error):
             time.sleep(_GRACE)
         raise
     dist.destroy_process_group()
@@ -147,12 +148,30 @@ def wrap(model: nn.Module, *, may_skip: bool) -> nn.Module:
     """
     if processes() == 1:
         return model
-    # A bucket for every parameter (a linear's are large enough): the order in which processes are summed then depends
-    # on nothing else. Otherwise torch puts them together anew after the first step, also the first one after a stop,
-    # and a run that went on would not end with the same bytes.
-    return DistributedDataParallel(
-        model, broadcast_buffers=False, bucket_cap_mb=0, gradient_as_bucket_view=True, find_unused_parameters=may_skip
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 renames broadcast_buffers, 2.10 knows no other name
+        return DistributedDataParallel(
+            model,
+            broadcast_buffers=False,
+            bucket_cap_mb=0,  # one for every parameter, see warm_up()
+            gradient_as_bucket_view=True,
+            find_unused_parameters=may_skip,
+        )
+
+
+def warm_up(model: nn.Module, backward: Callable[[], object]) -> None:
+    """Call before the first step, so that a run that goes on after a stop sums as one that was never stopped.
+
+    A number's place in its bucket decides in which order the processes' are summed, and torch forms the buckets that it
+    was asked for only after a first backward pass.
+
+    Args:
+        model: of :func:`wrap`.
+        backward: any backward pass; the gradients are thrown away.
+    """
+    if isinstance(model, DistributedDataParallel):
+        backward()
+        model.zero_grad(set_to_none=True)
 
 
 def apart(model: nn.Module) -> AbstractContextManager[None]:
