@@ -1,5 +1,6 @@
 """What is installed, what the machine can do, and whether a checkpoint would be served here."""
 
+import importlib
 import importlib.metadata
 import os
 import platform
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 
 import vllm_gqsa
-from vllm_gqsa.format import CheckpointReader, FormatError
+from vllm_gqsa.format import CheckpointReader, FormatError, read_json
 from vllm_gqsa.kernels import cpu, cuda, native
 from vllm_gqsa.kernels.choice import check_environment, choose
 
@@ -176,6 +177,15 @@ def _checkpoint(found: Diagnosis, folder: Path, device: str) -> None:
         f"{folder}: {len(config.modules)} modules, {nnz} groups of {sizes} kept, {size / 1e6:.1f} MB; "
         "names and counts are right (gqsa verify checks the values)"
     )
+    raw = read_json(folder / "config.json")
+    if "vision_config" in raw:
+        try:
+            importlib.import_module("torchvision")
+        except (ImportError, RuntimeError) as error:  # RuntimeError: a build for another torch
+            found.problems.append(
+                f"vLLM serves model_type {raw.get('model_type')} with torchvision only, which cannot be imported "
+                f"({error}): install the build of it that fits this torch"
+            )
     for dtype in _DTYPES:
         try:
             kernels = [str(choose(device, dtype, size)) for size in config.group_sizes]

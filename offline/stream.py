@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from vllm_gqsa.experts import fused_experts, name_as_in_files, unfuse_experts
+from vllm_gqsa.experts import fused_experts, is_text_model, name_as_in_files, unfuse_experts
 from vllm_gqsa.offline.errors import InputError
 from vllm_gqsa.offline.families import Family
 
@@ -33,6 +33,11 @@ def meta_model(config: Any) -> Any:  # noqa: ANN401 - transformers chooses the c
     Raises:
         InputError: transformers has no causal language model for it or cannot build it, or it has unknown experts.
     """
+    if not is_text_model(config):
+        raise InputError(
+            f"model_type {config.model_type!r} is no causal language model of text alone, and gqsa reads no others; "
+            "vLLM may serve its checkpoints all the same"
+        )
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

@@ -1,14 +1,16 @@
 """Tiny models for tests: dense ones of every family, compressed ones, and their dequantised dense twins."""
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
 from vllm_gqsa.format import GqsaConfig, GroupSparseMatrix, is_ignored
 
@@ -216,6 +218,31 @@ def compress_randomly(
         save_file({n: t.contiguous() for n, t in tensors.items()}, path / "model.safetensors", {"format": "pt"})
     edit_json(result.checkpoint / "config.json", quantization_config=config.to_json())
     return result
+
+
+def sparse_model(folder: Path, tensors: Mapping[str, torch.Tensor] | None = None) -> int:
+    """Write a model.safetensors of 8 TB that takes no place on the disk; skip the test where it cannot be.
+
+    Args:
+        folder: where.
+        tensors: what it holds before ``huge.weight``.
+
+    Returns:
+        Bytes of ``huge.weight``.
+    """
+    huge = 1 << 43
+    path = folder / "model.safetensors"
+    raw = save(dict(tensors or {}))
+    length = int.from_bytes(raw[:8], "little")
+    header, data = json.loads(raw[8 : 8 + length]), raw[8 + length :]
+    header["huge.weight"] = {"dtype": "BF16", "shape": [huge // 2], "data_offsets": [len(data), len(data) + huge]}
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    try:
+        os.truncate(path, path.stat().st_size + huge)
+    except OSError as error:
+        pytest.skip(f"no file of 8 TB here: {error}")
+    return huge
 
 
 def edit_json(path: Path, **changes: Any) -> None:

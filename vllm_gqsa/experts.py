@@ -7,6 +7,7 @@ the names that they have in files.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,6 +17,7 @@ __all__ = [
     "Experts",
     "Mixture",
     "fused_experts",
+    "is_text_model",
     "name_as_in_files",
     "name_in_model",
     "unfuse_experts",
@@ -86,6 +88,19 @@ class Experts(nn.Module):
             x = down(self.act_fn(gate(x)) * up(x)) * top_k_weights[token, place, None]
             out.index_add_(0, token, x.to(out.dtype))
         return out
+
+
+def is_text_model(config: Any) -> bool:  # noqa: ANN401 - transformers chooses the class
+    """Whether a model is a causal language model of text alone, whose tensors transformers calls as files do.
+
+    Those of vision-language models have other names in files, also where transformers counts them as causal.
+
+    Args:
+        config: config.json as transformers understands it; None is of no model.
+    """
+    from transformers import AutoModelForCausalLM  # noqa: PLC0415 - slow, and only for local folders
+
+    return type(config) in AutoModelForCausalLM._model_mapping and config.get_text_config() is config
 
 
 def fused_experts(model: nn.Module) -> list[str]:

@@ -3,18 +3,20 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.helpers import random_matrix
+from tests.helpers import random_matrix, sparse_model
 from vllm_gqsa.format import (
     CheckpointReader,
     FormatError,
     GqsaConfig,
     GroupSparseMatrix,
     ModuleEntry,
+    TensorFiles,
     check_layer_count,
     is_ignored,
 )
@@ -227,6 +229,17 @@ def test_weights_that_vllm_would_read_beside_ours(checkpoint, name, indexed):
     shutil.copy(next(checkpoint.glob("*.safetensors")), checkpoint / name)
     with pytest.raises(FormatError, match=f"{name}: is no part of the checkpoint, and vLLM would load it; remove it"):
         read(checkpoint)
+
+
+def test_a_file_larger_than_the_memory(tmp_path):
+    """Its header can be read; its data can be, or one sentence says why not."""
+    size = sparse_model(tmp_path)
+    files = TensorFiles(tmp_path)
+    assert (files.shape("huge.weight"), files.nbytes("huge.weight")) == ((size // 2,), size)
+    if Path("/proc/sys/vm/overcommit_memory").read_text().strip() == "1":
+        pytest.skip("this system maps files of any size")
+    with pytest.raises(FormatError, match=r"model.safetensors: cannot be mapped into memory .* max_shard_size"):
+        files.tensor("huge.weight")
 
 
 def test_more_layers_than_tensors(checkpoint):

@@ -5,11 +5,14 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from tests.fuzz.mutations import HOSTILE_VALUES
-from tests.helpers import edit_json, edit_quantization, edit_tensors
+from tests.helpers import edit_json, edit_quantization, edit_tensors, quantization, sparse_model
 from vllm_gqsa.offline.cli import main
 from vllm_gqsa.offline.errors import InputError, missing_extra
 
@@ -101,6 +104,44 @@ def test_an_ignore_entry_that_matches_nothing(gqsa, dense):
 def test_estimate_checks_the_context(gqsa, dense):
     code, _, err = gqsa("estimate", dense("llama"))
     assert (code, "--context 512 is longer than the 128 positions of the model" in err) == (2, True)
+
+
+def test_a_file_larger_than_the_memory(gqsa, dense, text, model, tmp_path):
+    from safetensors.torch import load_file
+
+    size = sparse_model(model, load_file(model / "model.safetensors"))
+    code, out, _ = gqsa("estimate", model, "--context", 48, "--json")
+    whole = json.loads(gqsa("estimate", dense("llama"), "--context", 48, "--json")[1])
+    assert (code, json.loads(out)["dense_bytes"] - whole["dense_bytes"]) == (0, pytest.approx(size, abs=1000))
+    if Path("/proc/sys/vm/overcommit_memory").read_text().strip() == "1":
+        return  # files of any size can be mapped here
+    code, _, err = gqsa("compress", model, tmp_path / "out", "--calibration", text, "--samples", 2, "--context", 48)
+    assert (code, "model.safetensors: cannot be mapped into memory" in err) == (2, True), err
+
+
+@pytest.fixture
+def llava(tmp_path):
+    """A vision-language model, its quantization_config as vLLM serves it."""
+    from transformers import LlavaConfig
+
+    tensors = {"language_model.lm_head.weight": torch.zeros(4, 4)}
+    LlavaConfig().save_pretrained(tmp_path / "llava")
+    save_file(tensors, tmp_path / "llava" / "model.safetensors", {"format": "pt"})
+    return tmp_path / "llava"
+
+
+@pytest.mark.parametrize("command", ["compress", "estimate"])
+def test_vision_language_models_are_not_compressed(gqsa, llava, text, tmp_path, command):
+    rest = [tmp_path / "out", "--calibration", text] if command == "compress" else []
+    code, _, err = gqsa(command, llava, *rest)
+    assert (code, "model_type 'llava' is not supported; supported are llama," in err) == (2, True), err
+    assert not (tmp_path / "out").exists()
+
+
+def test_vision_language_models_are_not_verified(gqsa, llava):
+    edit_json(llava / "config.json", quantization_config=quantization({}))
+    code, _, err = gqsa("verify", llava)
+    assert (code, "model_type 'llava' is no causal language model of text alone" in err) == (2, True), err
 
 
 def test_estimate_downloads_no_weights(gqsa, dense, monkeypatch):

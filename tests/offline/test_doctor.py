@@ -2,13 +2,14 @@
 
 import importlib.metadata
 import json
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from tests.helpers import compress_randomly, edit_quantization, make_dense
+from tests.helpers import compress_randomly, edit_json, edit_quantization, make_dense
 from vllm_gqsa.kernels import cpu, native
 from vllm_gqsa.offline import doctor
 
@@ -95,6 +96,14 @@ def test_environment_variables_that_stand_in_the_way(monkeypatch, checkpoint):
     problems = doctor.diagnose(checkpoint).problems
     assert any("VLLM_PLUGINS=other,another keeps vLLM from loading gqsa" in each for each in problems)
     assert any("GQSA_CPU_ACT=int4: is not known" in each for each in problems)
+
+
+def test_a_vision_language_model_needs_torchvision(monkeypatch, checkpoint):
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    assert not any("torchvision" in each for each in doctor.diagnose(checkpoint).problems)
+    edit_json(checkpoint / "config.json", vision_config={})
+    says = r"model_type llama with torchvision only, which cannot be imported \(import of torchvision halted"
+    assert any(re.search(says, each) for each in doctor.diagnose(checkpoint).problems)
 
 
 def test_a_broken_checkpoint_is_a_problem(checkpoint, tmp_path):

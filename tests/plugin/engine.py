@@ -112,7 +112,17 @@ def embed(llm: Any, job: dict[str, Any]) -> list[list[float]]:
     return [output.outputs.embedding for output in outputs]
 
 
-FEATURES = {each.__name__: each for each in (logprobs, cached, guided, chat, stream, lora, accepted, embed)}
+def images(llm: Any, job: dict[str, Any]) -> list[list[int]]:
+    """Tokens for the text of the job with each of two images of noise."""
+    import numpy as np
+    from PIL import Image
+
+    noise = [np.random.default_rng(seed).integers(256, size=(40, 60, 3), dtype=np.uint8) for seed in range(2)]
+    prompts = [{"prompt": job["text"], "multi_modal_data": {"image": Image.fromarray(each)}} for each in noise]
+    return [list(output.outputs[0].token_ids) for output in ask(llm, prompts, max_tokens=12, detokenize=False)]
+
+
+FEATURES = {each.__name__: each for each in (logprobs, cached, guided, chat, stream, lora, accepted, embed, images)}
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:

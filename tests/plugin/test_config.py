@@ -1,6 +1,7 @@
 """Which layers are compressed, and what is said where a configuration fits no layer."""
 
 import pickle
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ from vllm.config import LoRAConfig, VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers import linear as vllm_linear, vocab_parallel_embedding as vllm_vocabulary
 from vllm.model_executor.models.utils import WeightsMapper
 
-from tests.helpers import compress_randomly, edit_tensors, make_dense, quantization
+from tests.helpers import GATED, compress_randomly, edit_tensors, make_dense, quantization
 from vllm_gqsa.format import FormatError
 from vllm_gqsa.plugin.config import GqsaQuantizationConfig
 from vllm_gqsa.plugin.linear import GqsaLinearMethod, GqsaVocabularyMethod
@@ -146,6 +147,15 @@ def test_names_follow_the_model_class():
     assert config.config.ignore == ("model.decoder.fc1", "re:.*fc2")
 
 
+def test_names_follow_rules_for_weights():
+    """Many vision-language classes say "lm_head.", which no module's name begins with."""
+    config = make(("lm_head", "model.q_proj"), ("model.fc1",))
+    rules = {"lm_head.": "language_model.lm_head.", "model.": "language_model.model."}
+    config.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix=rules))
+    assert set(config.config.modules) == {"language_model.lm_head", "language_model.model.q_proj"}
+    assert config.config.ignore == ("language_model.model.fc1",)
+
+
 def test_survives_pickling():
     config = pickle.loads(pickle.dumps(make()))
     assert config.config == make().config
@@ -176,6 +186,28 @@ def test_folder_is_checked_before_workers_start(tmp_path):
     (pair.checkpoint / "model.safetensors").unlink()
     config.maybe_update_config(str(pair.checkpoint))
     config.maybe_update_config("some/hub-name")
+
+
+def test_a_vision_language_model_that_counts_as_causal(tmp_path):
+    """The names of its files are not those that transformers gives its modules."""
+    import transformers as hf
+
+    tower = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    sizes = {"image_size": 28, "patch_size": 14}
+    text = {**GATED, "query_pre_attn_scalar": 32}
+    config = hf.Gemma3Config(
+        vision_config={**tower, **sizes}, text_config=text, mm_tokens_per_image=4, tie_word_embeddings=True
+    )
+    hf.Gemma3ForConditionalGeneration(config).save_pretrained(tmp_path / "dense")
+    pair = compress_randomly(tmp_path / "dense", tmp_path, ignore=(r"re:.*vision_tower\.",))
+    ours = GqsaQuantizationConfig.from_config(hf.AutoConfig.from_pretrained(pair.checkpoint).quantization_config)
+    config = hf.AutoConfig.from_pretrained(pair.checkpoint)
+    ours.maybe_update_config(str(pair.checkpoint), config)
+    for name in ("language_model.model.norm.weight", "multi_modal_projector.mm_input_projection_weight"):
+        broken = shutil.copytree(pair.checkpoint, tmp_path / name)
+        edit_tensors(broken, remove=(name,))
+        with pytest.raises(FormatError, match=f"tensor model.*{name.rpartition('model.')[2]} .* is missing"):
+            ours.maybe_update_config(str(broken), config)
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt"])

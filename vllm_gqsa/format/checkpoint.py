@@ -72,9 +72,10 @@ class TensorFiles:
         files = self._files()
         self.file_of: dict[str, Path] = {}
         """Tensor name to the file that holds it."""
-        self._open: dict[Path, Any] = {}
+        self._headers: dict[Path, Any] = {}
+        self._data: dict[Path, Any] = {}
         for path in files:
-            for name in self._handle(path).keys():  # noqa: SIM118 - not a mapping
+            for name in self._header(path).keys():  # noqa: SIM118 - not a mapping
                 if name in self.file_of:
                     raise FormatError(f"{path}: {name} is also in {self.file_of[name].name}")
                 self.file_of[name] = path
@@ -109,27 +110,39 @@ class TensorFiles:
             if name not in weight_map:
                 raise FormatError(f"{path}: holds {name}, which {INDEX} does not list")
 
-    def _handle(self, path: Path) -> Any:  # noqa: ANN401 - safetensors has no types
-        if path not in self._open:
+    def _header(self, path: Path) -> Any:  # noqa: ANN401 - safetensors has no types
+        if path not in self._headers:
             try:
                 check_file(path)
-                self._open[path] = safe_open(path, framework="pt")
+                # Not "pt": torch maps the file so that it can be changed, which Linux refuses beyond the memory's size.
+                self._headers[path] = safe_open(path, framework="np")
             except FileNotFoundError:
                 raise FormatError(f"{path}: no such file, though {INDEX} names it") from None
             except (SafetensorError, OSError) as error:
                 raise FormatError(f"{path}: is not a complete safetensors file: {error}") from error
-        return self._open[path]
+        return self._headers[path]
+
+    def _open(self, path: Path) -> Any:  # noqa: ANN401
+        if path not in self._data:
+            try:
+                self._data[path] = safe_open(path, framework="pt")
+            except RuntimeError as error:
+                raise FormatError(
+                    f"{path}: cannot be mapped into memory ({error}); where it is larger than the memory, save the "
+                    'model in smaller files, with save_pretrained(..., max_shard_size="5GB") on a larger machine'
+                ) from error
+        return self._data[path]
 
     def __contains__(self, name: str) -> bool:
         return name in self.file_of
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from the header alone."""
-        return tuple(self._handle(self.file_of[name]).get_slice(name).get_shape())
+        return tuple(self._header(self.file_of[name]).get_slice(name).get_shape())
 
     def nbytes(self, name: str) -> int:
         """Bytes of a tensor, from the header alone."""
-        dtype = self._handle(self.file_of[name]).get_slice(name).get_dtype()  # BF16, U8, F8_E4M3, BOOL, ...
+        dtype = self._header(self.file_of[name]).get_slice(name).get_dtype()  # BF16, U8, F8_E4M3, BOOL, ...
         bits = re.search(r"\d+", dtype)
         return math.prod(self.shape(name)) * (8 if bits is None else int(bits[0])) // 8
 
@@ -142,7 +155,7 @@ class TensorFiles:
         if name not in self.file_of:
             raise FormatError(f"{self.folder}: tensor {name} is missing")
         try:
-            tensor: torch.Tensor = self._handle(self.file_of[name]).get_tensor(name)
+            tensor: torch.Tensor = self._open(self.file_of[name]).get_tensor(name)
         except (SafetensorError, OSError, RuntimeError, KeyError) as error:
             raise FormatError(f"{self.file_of[name]}: {name} cannot be read: {error}") from error
         return tensor

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
-from vllm_gqsa.experts import fused_experts, name_as_in_files, unfuse_experts
 from vllm_gqsa.format import (
     EMBEDDING,
     FUSED,
@@ -17,11 +16,10 @@ from vllm_gqsa.format import (
     CheckpointReader,
     FormatError,
     GqsaConfig,
-    check_dense,
-    check_layer_count,
     few,
     is_ignored,
 )
+from vllm_gqsa.plugin.dense import check_model
 from vllm_gqsa.plugin.report import LoadReport
 from vllm_gqsa.plugin.shards import Sources
 
@@ -116,7 +114,7 @@ class GqsaQuantizationConfig(QuantizationConfig):
         folder = Path(model_name)
         # --load-format dummy needs no weights at all.
         if any(os.path.lexists(folder / name) for name in _WEIGHTS):
-            _check_model(CheckpointReader(folder, self.config), hf_config)
+            check_model(CheckpointReader(folder, self.config), hf_config)
             return
         pickled = [path for pattern in ("*.bin", "*.pt") for path in sorted(folder.glob(pattern))]
         if pickled:
@@ -132,10 +130,13 @@ class GqsaQuantizationConfig(QuantizationConfig):
             return
         exact = [name for name in self.config.ignore if not name.startswith("re:")]
         patterns = [name for name in self.config.ignore if name.startswith("re:")]
+        # As names of weights, which is what mappers are for: "lm_head." would not match a module's name.
+        ignore = hf_to_vllm_mapper.apply_list([f"{name}.weight" for name in exact])
+        modules = hf_to_vllm_mapper.apply_dict({f"{name}.weight": e for name, e in self.config.modules.items()})
         self.config = self.config.model_copy(
             update={
-                "ignore": (*hf_to_vllm_mapper.apply_list(exact), *patterns),
-                "modules": hf_to_vllm_mapper.apply_dict(self.config.modules),
+                "ignore": (*(name.removesuffix(".weight") for name in ignore), *patterns),
+                "modules": {name.removesuffix(".weight"): entry for name, entry in modules.items()},
             }
         )
 
@@ -299,32 +300,6 @@ def _check_lora(name: str) -> None:
             f"{name}: is compressed, and vLLM's LoRA layers need its dense weight; name other modules with "
             "--lora-target-modules, or compress again without --lm-head"
         )
-
-
-def _check_model(reader: CheckpointReader, config: Any) -> None:  # noqa: ANN401 - transformers chooses the class
-    """Check the tensors outside the compressed linears: vLLM serves what was in memory instead of a missing one.
-
-    Raises:
-        FormatError: one is missing or has the wrong shape, or config.json describes no model.
-    """
-    from transformers import AutoModelForCausalLM  # noqa: PLC0415 - slow, and only for local folders
-
-    if type(config) not in AutoModelForCausalLM._model_mapping:
-        return  # a kind of model whose names transformers does not tell
-    check_layer_count(config, len(reader.files.file_of), reader.folder)
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except ImportError:
-        raise
-    except Exception as error:  # nonsense in config.json gets as far as it gets, and fails as it will
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise FormatError(f"{reader.folder}/config.json: describes no model that can be built: {reason}") from error
-    unfuse_experts(model, config.model_type)
-    name_as_in_files(model, config.model_type)
-    if fused_experts(model):
-        return  # a mixture of experts whose names in files are not known
-    check_dense(reader.config, model, reader.files)
 
 
 def _is_routed_experts(layer: torch.nn.Module) -> bool:
