@@ -108,7 +108,7 @@ def train_end_to_end(job: EndToEndJob) -> tuple[list[CompressedBlock], dict[str,
     """
     with reproducible(job.device):
         student = _Student(job)
-        teacher = _teacher(job) if job.settings.needs_teacher else None
+        teacher = _teacher(job) if job.settings.loss == "kl" else None
         model = parallel.wrap(student.model, may_skip=job.model.config.model_type in MIXTURES)
         losses = _Losses(job, model, teacher)
         facts = _train(job, student, losses)
@@ -230,7 +230,7 @@ class _Losses:
 
         Args:
             windows: tokens ``[windows, context]``.
-            backward: add up gradients, and count the error of hidden states where the settings ask for it.
+            backward: add up gradients.
         """
         *parts, last = windows.split(self._job.batch)
         total = 0.0
@@ -241,20 +241,12 @@ class _Losses:
 
     def _of_part(self, part: torch.Tensor, weight: float, *, backward: bool) -> float:
         tokens = part.to(self._job.device)
-        settings = self._job.settings
-        hidden = settings.hidden if backward else 0.0  # judged is what the model says
-        options = {"use_cache": False, "output_hidden_states": bool(hidden)}
-        wanted: Any = None
-        if self._teacher is not None:
-            with torch.no_grad():
-                wanted = self._teacher(tokens, **options)
+        with torch.no_grad():
+            wanted = None if self._teacher is None else self._teacher(tokens, use_cache=False).logits
         with torch.set_grad_enabled(backward), arithmetic(self._precision, self._job.device):
-            given = self.student(tokens, **options)
+            logits = self.student(tokens, use_cache=False).logits
         with torch.set_grad_enabled(backward):
-            loss = self._of_logits(given.logits, wanted.logits if settings.loss == "kl" else None, tokens)
-            if hidden:
-                loss = loss + hidden * _hidden_error(given.hidden_states, wanted.hidden_states)
-            loss = loss * weight
+            loss = self._of_logits(logits, wanted, tokens) * weight
         if backward:
             loss.backward()
         return float(loss.detach())
@@ -267,15 +259,6 @@ class _Losses:
             else:
                 pieces.append(checkpoint(_cross_entropy, logits[i, :-1], tokens[i, 1:], use_reentrant=False))
         return torch.stack(pieces).mean()
-
-
-def _hidden_error(given: tuple[torch.Tensor, ...], wanted: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """Mean over blocks and positions of the squared error relative to the dense model's hidden state."""
-    errors = []
-    for ours, theirs in zip(given[1:], wanted[1:], strict=True):  # the first is the embedding
-        squares = (ours.float() - theirs.float()).square().mean(-1) / theirs.float().square().mean(-1).clamp(min=1e-6)
-        errors.append(squares.mean())
-    return torch.stack(errors).mean()
 
 
 def _divergence(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:

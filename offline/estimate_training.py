@@ -116,7 +116,7 @@ def _end_to_end(
     else:
         trained = sizes.scales
     state = sizes.linears * trained * _PARAMETER * 0.75  # the gradient is not saved
-    teacher = (sizes.linears + sizes.outside) * sizes.half if settings.needs_teacher else 0
+    teacher = (sizes.linears + sizes.outside) * sizes.half if settings.loss == "kl" else 0
     # Between the passes: the weights that are multiplied by, and each block's activations, or one block's of both.
     alive = 1 if settings.checkpointing else blocks
     between = alive * (sizes.block * sizes.half + sizes.activations(windows, recipe.context))
@@ -125,5 +125,5 @@ def _end_to_end(
     logits = (2 * sizes.half * windows + 3 * 4) * recipe.context * vocabulary
     memory = sizes.linears * trained * _PARAMETER + 4 * sizes.outside + teacher + between + logits
     # Forward and backward, the teacher forward; a checkpointed block forward once more.
-    passes = 6 + (2 if settings.needs_teacher else 0) + (2 if settings.checkpointing else 0)
+    passes = 6 + (2 if settings.loss == "kl" else 0) + (2 if settings.checkpointing else 0)
     return StageCost(int(memory), int(state), float(passes) * sizes.token * settings.tokens)

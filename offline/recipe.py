@@ -74,16 +74,8 @@ class WholeModel(Training):
     loss: Literal["kl", "ce"] = "kl"
     """``kl``: Kullback-Leibler divergence from the dense model's next-token distribution; ``ce``: next-token
     cross-entropy, which needs no dense model in memory."""
-    hidden: float = Field(default=0.0, ge=0)
-    """Weight of what is added to the loss in training: the squared error of every block's output relative to the dense
-    model's, position by position, their mean (after SquareHead, arXiv 2310.06927)."""
     checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, about a third more time."""
-
-    @property
-    def needs_teacher(self) -> bool:
-        """Whether the dense model is in memory too."""
-        return self.loss == "kl" or self.hidden > 0
 
     def steps(self, context: int) -> int:
         """Steps that these tokens take, in windows of ``context`` tokens."""

@@ -138,27 +138,6 @@ def test_cross_entropy_needs_no_teacher(dense, text, tmp_path, monkeypatch):
 # -- stopping ----------------------------------------------------------------------------------------------------
 
 
-def test_hidden_states_are_trained_towards_those_of_the_dense_model(dense, text, tmp_path):
-    def error(folder):
-        return sum(block["errors"]["final"] for block in facts(folder)["blocks"])
-
-    for hidden in (0.0, 30.0):
-        stage = Distillation(tokens=4800, batch=2, hidden=hidden, checkpointing=hidden > 0)
-        recipe = Recipe(samples=8, context=48, precision="float32", distill=stage)
-        compress(job(dense("qwen2"), text, tmp_path / str(hidden), recipe), silent)
-    assert error(tmp_path / "30.0") < 0.95 * error(tmp_path / "0.0")
-    found = [facts(tmp_path / name)["distill"] for name in ("0.0", "30.0")]
-    assert found[1]["before"] == found[0]["before"]  # judged without it
-    assert found[1]["curve"][0] > found[0]["curve"][0]  # trained with it
-
-
-def test_the_error_of_hidden_states_is_relative_position_by_position():
-    wanted = torch.tensor([[[2.0, 0.0], [100.0, 0.0]]])
-    given = torch.tensor([[[1.0, 0.0], [100.0, 50.0]]])
-    nothing = torch.ones(1, 2, 2)  # the embedding does not count
-    assert e2e._hidden_error((nothing, given), (-nothing, wanted)).item() == pytest.approx(0.25)
-
-
 def test_a_block_that_gets_worse_keeps_its_best_state(dense, text, tmp_path):
     wild = Recipe(samples=8, context=48, precision="float32", bqpo=BlockTraining(epochs=9, patience=2, weight_lr=3.0))
     compress(job(dense("llama"), text, tmp_path / "out", wild), silent)
