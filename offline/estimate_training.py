@@ -16,7 +16,7 @@ class StageCost:
     """Of one training stage.
 
     Attributes:
-        memory_bytes: on the device.
+        memory_bytes: on the device, for BQPO with the hidden states that main memory holds.
         state_bytes: largest file with the state of the training; 0 for a stage that begins each block anew.
         operations: floating point operations in matrix products.
     """
@@ -31,6 +31,7 @@ class _Sizes:
     """What the costs are made of.
 
     Attributes:
+        hidden: size of a hidden state.
         block: weights in the linears of a block.
         linears: of all blocks.
         token: weights on a token's way to its logits.
@@ -41,6 +42,7 @@ class _Sizes:
         half: bytes of a number in the arithmetic of training.
     """
 
+    hidden: int
     block: int
     linears: int
     token: int
@@ -81,6 +83,7 @@ def training_costs(
     # A scale and a zero point stand beside each kept group.
     scales = sum(2 * count / recipe.group_size_of(name) for name, count in kept.items())
     sizes = _Sizes(
+        hidden=config.hidden_size,
         block=weights // len(blocks),
         linears=weights,
         token=weights + config.hidden_size * config.vocab_size,
@@ -101,6 +104,8 @@ def _block(sizes: _Sizes, recipe: Recipe, batch: int) -> StageCost:
     windows = min(batch, recipe.bqpo.batch)
     # The dense block beside the one in training, and the weights that this one multiplies by.
     memory = sizes.block * (4 + _PARAMETER * sizes.kept + 4 + sizes.half) + sizes.activations(windows, recipe.context)
+    # What stands outside the blocks, and what the dense and the compressed model feed this one.
+    memory += 4 * (sizes.outside + 2 * recipe.samples * recipe.context * sizes.hidden)
     tokens = recipe.samples * recipe.context * recipe.bqpo.epochs
     return StageCost(int(memory), 0, 6.0 * sizes.linears * tokens)
 
@@ -121,7 +126,7 @@ def _end_to_end(
     alive = 1 if settings.checkpointing else blocks
     between = alive * (sizes.block * sizes.half + sizes.activations(windows, recipe.context))
     if not isinstance(settings, (Distillation, GradualPruning)):
-        between += int(sizes.linears * sizes.kept) * 5  # codes, and their values
+        between += int(sizes.kept * (sizes.linears + 4 * alive * sizes.block))  # codes, and their values
     logits = (2 * sizes.half * windows + 3 * 4) * recipe.context * vocabulary
     memory = sizes.linears * trained * _PARAMETER + 4 * sizes.outside + teacher + between + logits
     # Forward and backward, the teacher forward; a checkpointed block forward once more.
