@@ -168,7 +168,7 @@ def estimated(model: DenseModel, family: Family, recipe: Recipe, device: torch.d
     """Bytes that `gqsa estimate` says for the training stages."""
     skeleton = meta_model(model.config)
     weights = sum(skeleton.get_submodule(n).weight.numel() for group in family.linear_names(0) for n in group)
-    found = {}
+    found: dict[str, Any] = {}
     prune = GradualPruning(tokens=recipe.context, batch=1)
     for each in (recipe, recipe.model_copy(update={"bqpo": None, "distill": None, "oqp": None, "prune": prune})):
         precision = resolve_precision(recipe.precision, device)
@@ -230,7 +230,7 @@ def main() -> None:
     options = parser.parse_args()
     device: torch.device = options.device
     recipe, family = make_recipe(options.context, options.steps), FAMILIES["llama"]
-    windows = torch.randint(CONFIG["vocab_size"], (options.steps + 1, options.context))  # type: ignore[call-overload]
+    windows = torch.randint(CONFIG["vocab_size"], (options.steps + 1, options.context))
     with tempfile.TemporaryDirectory(dir=".") as folder:
         model = make_model(Path(folder))
         memory = Memory(device)
