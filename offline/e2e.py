@@ -10,15 +10,18 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
 from vllm_gqsa.experts import MIXTURES
 from vllm_gqsa.format import GroupSparseMatrix
 from vllm_gqsa.offline import parallel
+from vllm_gqsa.offline.attention import use_plain_attention
 from vllm_gqsa.offline.block import CompressedBlock
 from vllm_gqsa.offline.errors import InputError
 from vllm_gqsa.offline.families import Family
@@ -119,8 +122,9 @@ def train_end_to_end(job: EndToEndJob) -> tuple[list[CompressedBlock], dict[str,
 def _teacher(job: EndToEndJob) -> nn.Module:
     """The dense model, in the arithmetic of the training."""
     precision = resolve_precision(job.recipe.precision, job.device)
-    model: nn.Module = meta_model(job.model.config)
+    model: PreTrainedModel = meta_model(job.model.config)
     load_weights(model, job.model, job.model.config, job.device, dtype=getattr(torch, precision))
+    use_plain_attention(model, job.device, precision, job.windows.shape[1])
     return model
 
 
@@ -141,6 +145,8 @@ class _Student:
             for block in job.blocks:
                 for name, tensor in block.tensors.items():
                     self.model.get_parameter(name).copy_(tensor)
+        precision = resolve_precision(job.recipe.precision, job.device)
+        use_plain_attention(self.model, job.device, precision, job.windows.shape[1])
         # Only now, since the biases have not had their values before. What stands outside the blocks stays as it is.
         self._prefix = job.family.blocks + "."
         local = {name.removeprefix(self._prefix): linear for name, linear in self.linears.items()}
@@ -255,15 +261,32 @@ class _Losses:
         pieces = []
         for i in range(len(tokens)):  # a vocabulary is wide: the float32 logits of one window at a time
             if wanted is not None:
-                pieces.append(checkpoint(_divergence, logits[i], wanted[i], use_reentrant=False))
+                pieces.append(cast("torch.Tensor", _Divergence.apply(logits[i], wanted[i])))
             else:
                 pieces.append(checkpoint(_cross_entropy, logits[i, :-1], tokens[i, 1:], use_reentrant=False))
         return torch.stack(pieces).mean()
 
 
-def _divergence(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    ours, theirs = logits.float().log_softmax(-1), wanted.float().log_softmax(-1)
-    return nn.functional.kl_div(ours, theirs, log_target=True, reduction="batchmean")
+class _Divergence(torch.autograd.Function):
+    """KL divergence from the wanted next-token distributions, mean over the positions.
+
+    Its gradient is made in the forward pass and kept in the logits' dtype: a vocabulary is wide, and autograd would
+    keep three float32 tensors of its size.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:  # noqa: ANN401
+        ours, theirs = logits.float().log_softmax(-1), wanted.float().log_softmax(-1)
+        probabilities = theirs.exp()
+        loss = theirs.sub_(ours).mul_(probabilities).sum() / len(logits)
+        ctx.save_for_backward(ours.exp_().sub_(probabilities).div_(len(logits)).to(logits.dtype))
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # noqa: ANN401
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad, None
 
 
 def _cross_entropy(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

@@ -106,7 +106,7 @@ def _quantise_rows(
         for first in range(0, stop - start, group_size):
             g = (start + first) // group_size
             kept = keep[:, g].float()
-            _, scales[g], zeros[g] = quantize_groups(span[first : first + group_size].T.contiguous())
+            _, scales[g], zeros[g] = quantize_groups(span[first : first + group_size].T)
             scale, zero = scales[g], zeros[g].float()
             for j in range(first, first + group_size):
                 code = (span[j] / scale).round_().add_(zero).clamp_(0, 15)

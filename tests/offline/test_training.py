@@ -276,3 +276,17 @@ def test_each_stage_goes_on_in_the_text_where_the_one_before_stopped(dense, text
     windows = torch.cat(seen).tolist()
     assert len(windows) == 5 * 2 + 5 * 4
     assert len(set(windows)) == len(windows)
+
+
+def test_divergence_and_its_gradient_are_torchs():
+    generator = torch.Generator().manual_seed(0)
+    logits = (torch.randn(7, 50, generator=generator, dtype=torch.float32) * 3).requires_grad_()
+    wanted = torch.randn(7, 50, generator=generator) * 3
+    ours = e2e._Divergence.apply(logits, wanted)
+    (2 * ours).backward()
+    gradient, logits.grad = logits.grad, None
+    log = torch.nn.functional.log_softmax
+    theirs = torch.nn.functional.kl_div(log(logits, -1), log(wanted, -1), log_target=True, reduction="batchmean")
+    (2 * theirs).backward()
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(gradient, logits.grad)
