@@ -29,7 +29,7 @@ from vllm_gqsa.offline.files import write_atomically
 from vllm_gqsa.offline.quantizer import GroupSparseLinear, MaskedLinear, TrainedLinear
 from vllm_gqsa.offline.recipe import Distillation, GradualPruning, Recipe, WholeModel
 from vllm_gqsa.offline.source import DenseModel
-from vllm_gqsa.offline.stream import load_weights, meta_model, watch_inputs
+from vllm_gqsa.offline.stream import load_weights, meta_model
 from vllm_gqsa.offline.training import (
     Optimizer,
     arithmetic,
@@ -46,7 +46,7 @@ SAVE_SECONDS = 300.0
 _JUDGES = 8
 """At most this many windows judge the model before and after."""
 _OBSERVED = 16
-"""Windows that say how large a linear's inputs are."""
+"""Windows that say how large a linear's inputs and gradients are."""
 
 
 @dataclass(frozen=True)
@@ -183,25 +183,28 @@ class _Pruning:
         self._last = min(round(settings.ramp * steps), steps - 1) if isinstance(settings, GradualPruning) else -1
         self._interval = settings.interval if isinstance(settings, GradualPruning) else 1
 
-    @torch.no_grad()
-    def observe(self, model: nn.Module, windows: torch.Tensor) -> None:
-        """Measure what the linears get from the model while it is still dense."""
+    def observe(self, losses: "_Losses", windows: torch.Tensor) -> None:
+        """Measure how large inputs and gradients are in the model while it is still dense.
+
+        Args:
+            losses: next-token losses of the model; from itself it does not diverge.
+            windows: tokens ``[windows, context]``.
+        """
         if not self._linears:
             return
-
-        def note(name: str, inputs: torch.Tensor) -> None:
-            # An OPT's feed-forward layer gets its inputs flattened.
-            self._linears[name].importance += inputs.float().flatten(0, -2).square().sum(0) / windows.numel()
-
-        hooks = watch_inputs(model, {name: name for name in self._linears}, note)
-        for part in windows.split(self._job.batch):
-            model(part.to(self._job.device), use_cache=False, logits_to_keep=1)
+        hooks = [linear.register_forward_hook(_note_squares) for linear in self._linears.values()]
+        with parallel.apart(losses.student):
+            losses.of(windows, backward=True)
         for hook in hooks:
             hook.remove()
-        parallel.make_same(linear.importance for linear in self._linears.values())
+        losses.student.zero_grad(set_to_none=True)
         for linear in self._linears.values():
-            if not linear.importance.any():  # an expert that was never chosen: all its inputs count alike
-                linear.importance.fill_(1.0)
+            for square in (linear.input_square, linear.gradient_square):
+                if not square.any():  # an expert that was never chosen: all count alike
+                    square.fill_(1.0)
+        parallel.make_same(
+            s for linear in self._linears.values() for s in (linear.input_square, linear.gradient_square)
+        )
 
     def before_step(self, step: int) -> None:
         """Choose, if it is time to; once the last choice is made, train what will be stored."""
@@ -221,6 +224,18 @@ class _Pruning:
         """Set the masks to what :meth:`masks` gave."""
         for linear, keep in zip(self._linears.values(), masks, strict=True):
             linear.keep = keep
+
+
+def _note_squares(linear: MaskedLinear, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+    """Forward hook that adds up the squares of a linear's inputs and of the gradients of its outputs."""
+
+    def note(square: torch.Tensor, values: torch.Tensor) -> None:
+        # An OPT's feed-forward layer gets its inputs flattened.
+        square += values.detach().float().flatten(0, -2).square().sum(0)
+
+    note(linear.input_square, args[0])
+    if output.requires_grad:
+        output.register_hook(functools.partial(note, linear.gradient_square))
 
 
 class _Losses:
@@ -302,7 +317,7 @@ def _train(job: EndToEndJob, student: _Student, losses: _Losses) -> dict[str, An
     tokens = steps * job.settings.batch * windows.shape[1]
     optimizer = Optimizer(student.kinds, job.settings, steps)
     pruning = _Pruning(job, student, steps)
-    pruning.observe(student.model, windows[:_OBSERVED])
+    pruning.observe(_Losses(job, losses.student, teacher=None), windows[:_OBSERVED])
     state = _resume(job, student, optimizer, pruning) or {"step": 0, "curve": [], "before": losses.of(judges)}
     parallel.warm_up(losses.student, lambda: losses.of(windows[:1], backward=True))
     saved = time.monotonic()

@@ -194,7 +194,8 @@ class MaskedLinear(nn.Module):
         weight: float32 ``[out_features, in_features]``.
         keep: bool ``[out_features, groups]``, the mask.
         rounded: multiply by the kept weights as they will be stored, rather than as they are.
-        importance: float32 ``[in_features]``, mean square of the input.
+        input_square: float32 ``[in_features]``, mean square of the input.
+        gradient_square: float32 ``[out_features]``, mean square of the loss's gradient with respect to the output.
         bias: as in the dense linear, or None.
     """
 
@@ -214,7 +215,8 @@ class MaskedLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(shape, device="meta"))
         self.keep = torch.ones(self._shape[:2], dtype=torch.bool, device=device)
         self.rounded = False
-        self.importance = torch.zeros(shape[1], device=device)
+        self.input_square = torch.zeros(shape[1], device=device)
+        self.gradient_square = torch.zeros(shape[0], device=device)
         self.bias = bias
 
     def kinds(self) -> dict[str, nn.Parameter]:
@@ -223,13 +225,17 @@ class MaskedLinear(nn.Module):
 
     @torch.no_grad()
     def prune(self, share: float, pattern: str) -> None:
-        """Choose anew which groups are kept.
+        """Choose anew which groups are kept: those whose removal would raise the loss most.
+
+        To second order that is half the sum of w^2 times the diagonal of the loss's Hessian, and this diagonal is taken
+        for the product of the two mean squares (the diagonal of K-FAC, arXiv 1503.05671).
 
         Args:
             share: of groups to prune.
             pattern: ``row`` or ``matrix``.
         """
-        scores = (self.weight.square() * self.importance).view(self._shape).sum(-1)
+        curvature = self.gradient_square[:, None] * self.input_square
+        scores = (self.weight.square() * curvature).view(self._shape).sum(-1)
         self.keep = choose_groups(scores, share, pattern)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:

@@ -86,8 +86,9 @@ class GradualPruning(WholeModel):
     """Pruning while the whole model is trained, in place of pruning at one stroke.
 
     The share of pruned groups rises from none, fast at first (1 - (1 - t)^3, Zhu and Gupta, arXiv 1710.01878), and each
-    choice is made anew from the weights as they are by then: w^2 times the mean square of the input (Wanda). Once the
-    last choice is made, the kept weights are rounded to INT4 in every step, gradients passing straight through.
+    choice is made anew from the weights as they are by then: w^2 times the mean square of the input, times that of the
+    next-token loss's gradient with respect to the output, both measured once in the dense model. Once the last choice
+    is made, the kept weights are rounded to INT4 in every step, gradients passing straight through.
     """
 
     weight_lr: float = Field(default=1e-3, ge=0)

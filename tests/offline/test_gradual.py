@@ -74,13 +74,15 @@ def test_pruned_groups_are_zero_and_the_least_important_ones():
     linear = MaskedLinear((8, 64), 16, None, torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     linear.weight = torch.nn.Parameter(torch.randn(8, 64, generator=generator))
-    linear.importance += torch.rand(64, generator=generator)
+    linear.input_square += torch.rand(64, generator=generator)
+    linear.gradient_square += torch.rand(8, generator=generator)
     linear.prune(0.75, "matrix")
     identity = torch.eye(64)
     used = linear(identity).T.view(8, 4, 16)
     assert (used[~linear.keep] == 0).all()
     assert torch.equal(used[linear.keep], linear.weight.view(8, 4, 16)[linear.keep])
-    scores = (linear.weight.square() * linear.importance).view(8, 4, 16).sum(-1)
+    scores = linear.gradient_square[:, None, None] * (linear.weight.square() * linear.input_square).view(8, 4, 16)
+    scores = scores.sum(-1)
     assert scores[linear.keep].min() >= scores[~linear.keep].max()
     assert int(linear.keep.sum()) == 8
     matrix = linear.matrix()
@@ -88,10 +90,24 @@ def test_pruned_groups_are_zero_and_the_least_important_ones():
     assert torch.equal(matrix.keep(), linear.keep)
 
 
+def test_squares_of_inputs_and_of_gradients_are_noted():
+    linear = MaskedLinear((8, 64), 16, None, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    linear.weight = torch.nn.Parameter(torch.randn(8, 64, generator=generator))
+    linear.register_forward_hook(e2e._note_squares)
+    inputs = torch.randn(2, 5, 64, generator=generator)
+    for part in inputs:
+        (linear(part).sin().sum()).backward()
+    gradients = (inputs @ linear.weight.T).cos()
+    torch.testing.assert_close(linear.input_square, inputs.square().sum((0, 1)))
+    torch.testing.assert_close(linear.gradient_square, gradients.square().sum((0, 1)))
+
+
 def test_once_rounded_it_trains_what_will_be_stored():
     linear = MaskedLinear((8, 64), 16, None, torch.device("cpu"))
     linear.weight = torch.nn.Parameter(torch.randn(8, 64, generator=torch.Generator().manual_seed(0)))
-    linear.importance += 1
+    linear.input_square += 1
+    linear.gradient_square += 1
     linear.prune(0.5, "matrix")
     linear.rounded = True
     used = linear(torch.eye(64)).T
@@ -110,7 +126,8 @@ def test_the_loss_that_pruning_reports_is_that_of_the_stored_model(dense, text, 
 def test_the_mask_is_chosen_anew_from_the_weights_of_the_moment():
     linear = MaskedLinear((4, 64), 16, None, torch.device("cpu"))
     linear.weight = torch.nn.Parameter(torch.ones(4, 64))
-    linear.importance += 1
+    linear.input_square += 1
+    linear.gradient_square += 1
     with torch.no_grad():
         linear.weight[:, :16] = 0.1
     linear.prune(0.25, "row")
@@ -145,7 +162,7 @@ def test_stopped_after_every_few_steps_it_ends_with_the_same_bytes(gradual, dens
 
 
 def test_an_expert_that_is_never_chosen_is_pruned_by_its_weights(dense, text, tmp_path, monkeypatch):
-    monkeypatch.setattr(e2e, "watch_inputs", lambda *_: [])  # nothing is observed, as at such an expert
+    monkeypatch.setattr(e2e, "_note_squares", lambda *_: None)  # nothing is observed, as at such an expert
     recipe = GRADUAL.model_copy(update={"prune": GradualPruning(tokens=96, batch=2), "distill": None, "pattern": "row"})
     compress(job(dense("llama"), text, tmp_path / "out", recipe), silent)
     keep = CheckpointReader(tmp_path / "out").matrix("model.layers.0.self_attn.q_proj", (64, 64)).keep()
