@@ -26,6 +26,7 @@ from vllm_gqsa.offline.block import CompressedBlock
 from vllm_gqsa.offline.errors import InputError
 from vllm_gqsa.offline.families import Family
 from vllm_gqsa.offline.files import write_atomically
+from vllm_gqsa.offline.mask import choose_across
 from vllm_gqsa.offline.quantizer import GroupSparseLinear, MaskedLinear, TrainedLinear
 from vllm_gqsa.offline.recipe import Distillation, GradualPruning, Recipe, WholeModel
 from vllm_gqsa.offline.source import DenseModel
@@ -46,7 +47,9 @@ SAVE_SECONDS = 300.0
 _JUDGES = 8
 """At most this many windows judge the model before and after."""
 _OBSERVED = 16
-"""Windows that say how large a linear's inputs and gradients are."""
+"""Windows that say how large a linear's inputs and gradients are at first."""
+_MEMORY = 0.9
+"""What a step leaves of the weight that the steps before it have in these means."""
 
 
 @dataclass(frozen=True)
@@ -182,6 +185,8 @@ class _Pruning:
         settings = job.settings
         self._last = min(round(settings.ramp * steps), steps - 1) if isinstance(settings, GradualPruning) else -1
         self._interval = settings.interval if isinstance(settings, GradualPruning) else 1
+        self._weight = 0.0
+        self._hooks = [linear.register_forward_hook(self._note) for linear in self._linears.values()]
 
     def observe(self, losses: "_Losses", windows: torch.Tensor) -> None:
         """Measure how large inputs and gradients are in the model while it is still dense.
@@ -192,50 +197,65 @@ class _Pruning:
         """
         if not self._linears:
             return
-        hooks = [linear.register_forward_hook(_note_squares) for linear in self._linears.values()]
+        self._weight = 1 / windows.numel()
         with parallel.apart(losses.student):
-            losses.of(windows, backward=True)
-        for hook in hooks:
-            hook.remove()
+            for part in windows.split(self._job.settings.batch):  # no more memory than a step takes
+                losses.of(part, backward=True)
         losses.student.zero_grad(set_to_none=True)
-        for linear in self._linears.values():
-            for square in (linear.input_square, linear.gradient_square):
-                if not square.any():  # an expert that was never chosen: all count alike
-                    square.fill_(1.0)
-        parallel.make_same(
-            s for linear in self._linears.values() for s in (linear.input_square, linear.gradient_square)
-        )
 
     def before_step(self, step: int) -> None:
         """Choose, if it is time to; once the last choice is made, train what will be stored."""
         for linear in self._linears.values():
             linear.rounded = step >= self._last
-        if step > self._last or (step % self._interval and step != self._last):
+        if step > self._last:
+            for hook in self._hooks:
+                hook.remove()
             return
-        rest = 1 - step / self._last if self._last else 0.0
-        for name, linear in self._linears.items():
-            linear.prune(self._job.recipe.sparsity_of(name) * (1 - rest**3), self._job.recipe.pattern)
+        if step % self._interval == 0 or step == self._last:
+            parallel.make_same(square for linear in self._linears.values() for square in linear.squares())
+            rest = 1 - step / self._last if self._last else 0.0
+            self._choose(1 - rest**3)
+        self._weight = (1 - _MEMORY) / (self._job.settings.batch * self._job.windows.shape[1])
+        for linear in self._linears.values():
+            for square in linear.squares():
+                square.mul_(_MEMORY)
 
-    def masks(self) -> list[torch.Tensor]:
-        """The masks as they are."""
-        return [linear.keep for linear in self._linears.values()]
-
-    def restore(self, masks: list[torch.Tensor]) -> None:
-        """Set the masks to what :meth:`masks` gave."""
+    def _choose(self, progress: float) -> None:
+        recipe = self._job.recipe
+        if recipe.pattern != "model":
+            for name, linear in self._linears.items():
+                linear.prune(recipe.sparsity_of(name) * progress, recipe.pattern)
+            return
+        assert recipe.prune is not None
+        importances = [linear.importance() for linear in self._linears.values()]
+        masks = choose_across(importances, recipe.sparsity * progress, recipe.prune.floor)
         for linear, keep in zip(self._linears.values(), masks, strict=True):
             linear.keep = keep
 
+    def _note(self, linear: MaskedLinear, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        """Forward hook that adds the squares of a linear's inputs and of the gradients of its outputs.
 
-def _note_squares(linear: MaskedLinear, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-    """Forward hook that adds up the squares of a linear's inputs and of the gradients of its outputs."""
+        Where blocks are recomputed it sees all inputs twice, which leaves their order as it is.
+        """
 
-    def note(square: torch.Tensor, values: torch.Tensor) -> None:
-        # An OPT's feed-forward layer gets its inputs flattened.
-        square += values.detach().float().flatten(0, -2).square().sum(0)
+        def note(square: torch.Tensor, values: torch.Tensor) -> None:
+            # An OPT's feed-forward layer gets its inputs flattened.
+            square.add_(values.detach().float().flatten(0, -2).square().sum(0), alpha=self._weight)
 
-    note(linear.input_square, args[0])
-    if output.requires_grad:
-        output.register_hook(functools.partial(note, linear.gradient_square))
+        if output.requires_grad:
+            note(linear.input_square, args[0])
+            output.register_hook(functools.partial(note, linear.gradient_square))
+
+    def state(self) -> list[tuple[torch.Tensor, ...]]:
+        """What the choices depend on and have led to."""
+        return [(linear.keep, *linear.squares()) for linear in self._linears.values()]
+
+    def restore(self, state: list[tuple[torch.Tensor, ...]]) -> None:
+        """Set all to what :meth:`state` gave."""
+        for linear, (keep, *squares) in zip(self._linears.values(), state, strict=True):
+            linear.keep = keep
+            for square, value in zip(linear.squares(), squares, strict=True):
+                square.copy_(value)
 
 
 class _Losses:
@@ -316,10 +336,10 @@ def _train(job: EndToEndJob, student: _Student, losses: _Losses) -> dict[str, An
     steps = job.settings.steps(windows.shape[1])
     tokens = steps * job.settings.batch * windows.shape[1]
     optimizer = Optimizer(student.kinds, job.settings, steps)
+    parallel.warm_up(losses.student, lambda: losses.of(windows[:1], backward=True))
     pruning = _Pruning(job, student, steps)
     pruning.observe(_Losses(job, losses.student, teacher=None), windows[:_OBSERVED])
     state = _resume(job, student, optimizer, pruning) or {"step": 0, "curve": [], "before": losses.of(judges)}
-    parallel.warm_up(losses.student, lambda: losses.of(windows[:1], backward=True))
     saved = time.monotonic()
     for step in range(state["step"], steps):
         pruning.before_step(step)
@@ -330,7 +350,7 @@ def _train(job: EndToEndJob, student: _Student, losses: _Losses) -> dict[str, An
         state["curve"].append(loss)
         state["step"] = step + 1
         if parallel.is_first() and (time.monotonic() - saved >= SAVE_SECONDS or step + 1 == steps):
-            _save(job, student, optimizer, {**state, "masks": pruning.masks()})
+            _save(job, student, optimizer, {**state, "pruning": pruning.state()})
             saved = time.monotonic()
         job.progress(step + 1, steps)
     pruning.before_step(steps)  # a run that had only the end left judges rounded weights too
@@ -365,5 +385,5 @@ def _resume(job: EndToEndJob, student: _Student, optimizer: Optimizer, pruning: 
         for parameter, value in zip(student.parameters, state.pop("parameters"), strict=True):
             parameter.copy_(value)
     optimizer.adam.load_state_dict(state.pop("adam"))
-    pruning.restore(state.pop("masks"))
+    pruning.restore(state.pop("pruning"))
     return state

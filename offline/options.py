@@ -81,8 +81,8 @@ GroupSize = Annotated[
 Pattern = Annotated[
     str | None,
     typer.Option(
-        help="Scope of the mask: row (every row keeps the same number), matrix, or n:m (n of m adjacent groups).  "
-        "[quick, default, best: matrix; else: row]"
+        help="Scope of the mask: row (every row keeps the same number), matrix, model (with prune only), or n:m (n of "
+        "m adjacent groups).  [quick, default, best: model; else: row]"
     ),
 ]
 ImportanceOption = Annotated[

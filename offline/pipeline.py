@@ -66,7 +66,7 @@ class Job:
     def command(self) -> str:
         """The command line that does this job, settings at their default left out."""
         base, name = NAMED.get(self.recipe_name), self.recipe_name
-        if base is None or base.changed(self.recipe.model_dump(include=_OPTIONS)) != self.recipe:
+        if base is None or base.model_copy(update=self.recipe.model_dump(include=_OPTIONS)) != self.recipe:
             base, name = self.recipe, str(self.output / RECIPE_FILE)  # options alone cannot say it
         settings: dict[str, Any] = {
             "recipe": (name, "default"),

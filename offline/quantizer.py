@@ -13,6 +13,8 @@ __all__ = ["GroupSparseLinear", "MaskedLinear", "TrainedLinear", "fake_quantize"
 
 _ZERO_RANGE = 15.0
 """Zero points are learnt as shares of it."""
+_UNSEEN = 1e-15
+"""Mean square of inputs and gradients that were never seen."""
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -223,20 +225,31 @@ class MaskedLinear(nn.Module):
         """Parameters by the setting that holds their learning rate."""
         return {"weight_lr": self.weight}
 
+    def squares(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """``input_square`` and ``gradient_square``."""
+        return self.input_square, self.gradient_square
+
     @torch.no_grad()
     def prune(self, share: float, pattern: str) -> None:
-        """Choose anew which groups are kept: those whose removal would raise the loss most.
-
-        To second order that is half the sum of w^2 times the diagonal of the loss's Hessian, and this diagonal is taken
-        for the product of the two mean squares (the diagonal of K-FAC, arXiv 1503.05671).
+        """Choose anew which groups are kept.
 
         Args:
             share: of groups to prune.
             pattern: ``row`` or ``matrix``.
         """
-        curvature = self.gradient_square[:, None] * self.input_square
-        scores = (self.weight.square() * curvature).view(self._shape).sum(-1)
-        self.keep = choose_groups(scores, share, pattern)
+        self.keep = choose_groups(self.importance(), share, pattern)
+
+    @torch.no_grad()
+    def importance(self) -> torch.Tensor:
+        """How much the loss would rise without a group, float32 ``[out_features, groups]``, up to a common factor.
+
+        To second order that is half the sum of w^2 times the diagonal of the loss's Hessian, and this diagonal is taken
+        for the product of the two mean squares (the diagonal of K-FAC, arXiv 1503.05671).
+        """
+        # An expert that was never chosen has seen nothing: its weights count alike, and for less than all others.
+        inputs, gradients = (s if s.any() else torch.full_like(s, _UNSEEN) for s in self.squares())
+        curvature = gradients[:, None] * inputs
+        return (self.weight.square() * curvature).view(self._shape).sum(-1)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """``[..., in_features]`` to ``[..., out_features]``."""

@@ -97,6 +97,8 @@ class GradualPruning(WholeModel):
     """Share of the steps in which the share of pruned groups rises."""
     interval: int = Field(default=4, ge=1)
     """Steps between two choices."""
+    floor: float = Field(default=0.4, gt=0, le=1)
+    """With pattern ``model``: share of the mean density that each linear keeps at least."""
 
 
 class EndToEnd(WholeModel):
@@ -158,7 +160,8 @@ class Recipe(BaseModel):
     group_size: int = 16
     """Input features a group; one of 8, 16, 32, 64, 128."""
     pattern: str = "row"
-    """Scope of the mask: ``row`` (every row keeps the same number), ``matrix``, or ``n:m`` (n of m adjacent groups)."""
+    """Scope of the mask: ``row`` (every row keeps the same number), ``matrix``, ``model`` (one budget for all linears,
+    with ``prune`` only), or ``n:m`` (n of m adjacent groups)."""
     importance: Importance = "obs"
     """Formula of a group's importance, see :mod:`vllm_gqsa.offline.importance`."""
     compensate: bool = True
@@ -216,7 +219,8 @@ class Recipe(BaseModel):
         return self.model_copy(update={"sparsity": self.sparsity_of(name), "group_size": self.group_size_of(name)})
 
     def for_head(self, name: str) -> "Recipe":
-        """The recipe of the head alone. An ``n:m`` pattern prunes a fixed share, so the head's scope is the row then.
+        """The recipe of the head alone. An ``n:m`` pattern prunes a fixed share, so the head's scope is the row then;
+        in place of the model it is the matrix.
 
         Args:
             name: of the head's matrix: its own, or that of the embedding that it is tied to.
@@ -226,7 +230,7 @@ class Recipe(BaseModel):
         """
         if self.lm_head is None:
             raise ValueError("the recipe leaves the head dense")
-        pattern = "row" if ":" in self.pattern else self.pattern
+        pattern = "row" if ":" in self.pattern else self.pattern.replace("model", "matrix")
         changes = {"sparsity": self.lm_head, "pattern": pattern, "group_size": self.group_size_of(name)}
         return self.model_copy(update=changes)
 
@@ -238,7 +242,7 @@ class Recipe(BaseModel):
             check_ignore(tuple(self.overrides))
         except ValueError as error:
             raise ValueError(str(error).replace("ignore", "overrides", 1)) from error
-        if self.pattern not in ("row", "matrix"):
+        if self.pattern not in ("row", "matrix", "model"):
             n, m = parse_pattern(self.pattern)
             if abs(self.sparsity - (1 - n / m)) > 1e-6:
                 raise ValueError(
@@ -246,12 +250,18 @@ class Recipe(BaseModel):
                 )
         if self.prune is not None and self.bqpo is not None:
             raise ValueError("prune takes the place of one-shot pruning and bqpo, which follows it; leave out one")
-        if self.prune is not None and self.pattern not in ("row", "matrix"):
+        if self.prune is not None and ":" in self.pattern:
             raise ValueError(
                 f"prune raises the share of pruned groups step by step, which pattern {self.pattern} cannot; choose "
-                "row or matrix, or a recipe without prune"
+                "row, matrix or model, or a recipe without prune"
             )
-        if self.pattern not in ("row", "matrix") and any(o.sparsity is not None for o in self.overrides.values()):
+        if self.prune is None and self.pattern == "model":
+            raise ValueError("pattern model needs the stage prune, which compares all linears; choose row or matrix")
+        if self.pattern == "model" and self.overrides:
+            raise ValueError(
+                "pattern model shares one budget among all linears; leave out overrides, or choose row or matrix"
+            )
+        if ":" in self.pattern and any(o.sparsity is not None for o in self.overrides.values()):
             raise ValueError(
                 f"pattern {self.pattern} prunes the same share everywhere; leave out sparsities of overrides"
             )
@@ -309,9 +319,9 @@ def _first_error(error: ValidationError) -> str:
 
 NAMED: Mapping[str, Recipe] = {
     "one-shot": Recipe(),
-    "quick": Recipe(pattern="matrix", prune=GradualPruning(tokens=110_000, batch=1)),
-    "default": Recipe(pattern="matrix", prune=GradualPruning(tokens=550_000, batch=1)),
-    "best": Recipe(pattern="matrix", prune=GradualPruning(tokens=4_000_000, batch=2)),
+    "quick": Recipe(pattern="model", prune=GradualPruning(tokens=110_000, batch=1)),
+    "default": Recipe(pattern="model", prune=GradualPruning(tokens=550_000, batch=1)),
+    "best": Recipe(pattern="model", prune=GradualPruning(tokens=4_000_000, batch=2)),
     "blockwise": Recipe(bqpo=BlockTraining()),
 }
 """Recipes by name. ``blockwise`` is for models too large to be trained as a whole."""

@@ -10,7 +10,7 @@ from vllm_gqsa.offline.recipe import NAMED, BlockTraining, Distillation, EndToEn
 __all__ = ["ABLATIONS", "DENSE", "Budget", "Method", "methods", "select"]
 
 DENSE = "dense"
-ABLATIONS = ("sparsity", "stages", "group size", "scope", "importance")
+ABLATIONS = ("recipes", "sparsity", "stages", "group size", "scope", "importance")
 """Tables beside the main one."""
 
 
@@ -66,7 +66,7 @@ def methods(budget: Budget) -> list[Method]:
         given = {"samples": budget.samples, "context": budget.context, "pattern": "matrix"}
         return Recipe.model_validate(given | settings)
 
-    trained = _stages(NAMED["default"], budget.tokens)
+    trained = {"pattern": NAMED["default"].pattern, **_stages(NAMED["default"], budget.tokens)}
     # The one stage that any format can go through.
     rival = ours(distill=Distillation(tokens=budget.tokens, batch=1))
     bqpo, oqp = BlockTraining(), EndToEnd(tokens=max(1, budget.tokens // 4), batch=1)
@@ -86,6 +86,7 @@ def methods(budget: Budget) -> list[Method]:
         Method("2:4 + INT4 g64 + distillation", main, rival, "sparsegpt-2of4-int4"),
         Method("W2 g64 + distillation", main, rival, "gptq-w2"),
         Method("W3 g64 + distillation", main, rival, "gptq-w3"),
+        *(Method(f"recipe {name}", ("recipes",), NAMED[name]) for name in ("quick", "default", "best")),
         Method("W4S50 one-shot", ("sparsity", "stages", "importance"), ours()),
         *(Method(f"W4S{p} one-shot", ("sparsity",), ours(sparsity=p / 100)) for p in (0, 20, 30, 40)),
         *(Method(f"W4S{p} G16", ("sparsity",), ours(sparsity=p / 100, **trained)) for p in (20, 40)),
@@ -94,7 +95,7 @@ def methods(budget: Budget) -> list[Method]:
         Method("W4S50 BQPO + E2E-OQP on cross-entropy", ("stages",), ours(bqpo=bqpo, oqp=on_text)),
         Method("W4S50 G16 + E2E-OQP", ("stages",), ours(oqp=oqp, **trained)),
         *(Method(f"W4S50 G{g}", ("group size",), ours(group_size=g, **trained)) for g in (32, 64)),
-        Method("W4S50 row scope", ("scope",), ours(pattern="row", **trained)),
+        *(Method(f"W4S50 {p} scope", ("scope",), ours(**trained | {"pattern": p})) for p in ("matrix", "row")),
         *(Method(f"W4S50 {p} one-shot + distillation", ("scope",), rival.changed({"pattern": p})) for p in scopes),
         *(Method(f"W4S50 one-shot, {i}", ("importance",), ours(importance=i)) for i in ("wanda", "block-obs")),
     ]

@@ -92,6 +92,7 @@ def test_missing_keys_are_named(key):
 
 def test_patterns_and_ignore_lists():
     assert parse_pattern("2:4") == (2, 4)
+    assert GqsaConfig.parse({**GOOD, "pattern": "model"}, "config.json").pattern == "model"
     assert is_ignored("lm_head", ("lm_head",))
     assert not is_ignored("model.lm_head", ("lm_head",))
     assert is_ignored("model.layers.3.mlp.up_proj", ("re:.*mlp",))

@@ -94,13 +94,17 @@ def test_squares_of_inputs_and_of_gradients_are_noted():
     linear = MaskedLinear((8, 64), 16, None, torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     linear.weight = torch.nn.Parameter(torch.randn(8, 64, generator=generator))
-    linear.register_forward_hook(e2e._note_squares)
+    pruning = e2e._Pruning.__new__(e2e._Pruning)
+    pruning._weight = 0.1
+    linear.register_forward_hook(pruning._note)
     inputs = torch.randn(2, 5, 64, generator=generator)
+    with torch.no_grad():
+        linear(inputs)  # does not count
     for part in inputs:
-        (linear(part).sin().sum()).backward()
+        linear(part).sin().sum().backward()
     gradients = (inputs @ linear.weight.T).cos()
-    torch.testing.assert_close(linear.input_square, inputs.square().sum((0, 1)))
-    torch.testing.assert_close(linear.gradient_square, gradients.square().sum((0, 1)))
+    torch.testing.assert_close(linear.input_square, 0.1 * inputs.square().sum((0, 1)))
+    torch.testing.assert_close(linear.gradient_square, 0.1 * gradients.square().sum((0, 1)))
 
 
 def test_once_rounded_it_trains_what_will_be_stored():
@@ -161,8 +165,24 @@ def test_stopped_after_every_few_steps_it_ends_with_the_same_bytes(gradual, dens
     assert_same(again, gradual[0])
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_one_budget_for_the_whole_model(dense, text, tmp_path, family, monkeypatch):
+    recipe = GRADUAL.model_copy(update={"distill": None, "pattern": "model"})
+    report = compress(job(dense(family), text, tmp_path / "out", recipe), silent)
+    assert report["sparsity"] == pytest.approx(0.5, abs=1e-4)
+    verify_checkpoint(tmp_path / "out", silent)
+    shares = [module.sparsity for module in inspect_checkpoint(tmp_path / "out").modules]
+    assert min(shares) < 0.45
+    assert 0.55 < max(shares) < 0.81  # the floor: 0.4 of half
+    if family == "llama":
+        monkeypatch.setattr(e2e, "SAVE_SECONDS", 0.0)
+        assert compress_with_stops(lambda: job(dense(family), text, tmp_path / "again", recipe), lambda: 9) > 2
+        compress(job(dense(family), text, tmp_path / "again", recipe), silent)
+        assert_same(tmp_path / "again", tmp_path / "out")
+
+
 def test_an_expert_that_is_never_chosen_is_pruned_by_its_weights(dense, text, tmp_path, monkeypatch):
-    monkeypatch.setattr(e2e, "_note_squares", lambda *_: None)  # nothing is observed, as at such an expert
+    monkeypatch.setattr(e2e._Pruning, "_note", lambda *_: None)  # nothing is observed, as at such an expert
     recipe = GRADUAL.model_copy(update={"prune": GradualPruning(tokens=96, batch=2), "distill": None, "pattern": "row"})
     compress(job(dense("llama"), text, tmp_path / "out", recipe), silent)
     keep = CheckpointReader(tmp_path / "out").matrix("model.layers.0.self_attn.q_proj", (64, 64)).keep()
@@ -171,7 +191,9 @@ def test_an_expert_that_is_never_chosen_is_pruned_by_its_weights(dense, text, tm
 
 @pytest.mark.parametrize(("settings", "says"), [
     ({"bqpo": {"epochs": 1}}, "takes the place of one-shot pruning and bqpo"),
-    ({"pattern": "2:4"}, "which pattern 2:4 cannot; choose row or matrix"),
+    ({"pattern": "2:4"}, "which pattern 2:4 cannot; choose row, matrix or model"),
+    ({"pattern": "model", "prune": None}, "pattern model needs the stage prune"),
+    ({"pattern": "model", "overrides": {"a": 0.5}}, "one budget among all linears; leave out overrides"),
     ({"pattern": "1:2", "prune": None, "overrides": {"a": 0.5}}, "pattern 1:2 prunes the same share everywhere"),
     ({"overrides": {"re:(": 0.5}}, r"overrides 're:\(' is not a regular expression"),
     ({"prune": {"tokens": 10, "ramp": 1.0}}, "less than 1"),

@@ -16,7 +16,7 @@ from vllm_gqsa.offline.errors import InputError
 from vllm_gqsa.offline.head import compress_head
 from vllm_gqsa.offline.inspect import inspect_checkpoint
 from vllm_gqsa.offline.pipeline import compress
-from vllm_gqsa.offline.recipe import Recipe
+from vllm_gqsa.offline.recipe import GradualPruning, Recipe
 from vllm_gqsa.offline.verify import compare, verify_checkpoint
 
 HEAD, TABLE = "lm_head", "model.embed_tokens"
@@ -122,6 +122,14 @@ def test_a_run_without_its_head_makes_only_the_head_again(finished, dense, text,
     compress(job(dense(family), text, again, HEAD_RECIPE), silent)
     assert stamps == {p: p.stat().st_mtime_ns for p in stamps}
     assert_same(again, output)
+
+
+def test_the_heads_scope():
+    stage = GradualPruning(tokens=1)
+    scopes = {"row": "row", "matrix": "matrix", "model": "matrix"}
+    for pattern, scope in scopes.items():
+        recipe = Recipe(pattern=pattern, lm_head=0.25, prune=stage).for_head("lm_head")
+        assert (recipe.pattern, recipe.sparsity) == (scope, 0.25)
 
 
 def test_a_pattern_n_m_leaves_the_head_its_own_sparsity(dense, text, tmp_path):

@@ -6,7 +6,7 @@ import torch
 from vllm_gqsa.format import GroupSparseMatrix, quantize_groups
 from vllm_gqsa.offline import sparsify as module
 from vllm_gqsa.offline.importance import HessianSum, InverseHessian, group_importance
-from vllm_gqsa.offline.mask import choose_groups
+from vllm_gqsa.offline.mask import choose_across, choose_groups
 from vllm_gqsa.offline.recipe import Recipe
 from vllm_gqsa.offline.sparsify import compensated, sparsify
 
@@ -103,6 +103,34 @@ def test_masks_keep_the_best_within_their_scope(pattern):
     assert (mask.sum(1) == counts).all()
     for value, kept in zip(values, mask, strict=True):
         assert value[kept].min() >= value[~kept].max()
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 29, 30])
+def test_of_equal_groups_the_first_are_kept(count):
+    scores = torch.randint(0, 5, (40, 30), generator=torch.Generator().manual_seed(0)).float()
+    keep = choose_groups(scores, 1 - count / 30, "row")
+    order = scores.argsort(dim=1, descending=True, stable=True)[:, :count]
+    assert torch.equal(keep, torch.zeros_like(keep).scatter_(1, order, value=True))
+
+
+def test_one_budget_for_several_matrices():
+    generator = torch.Generator().manual_seed(0)
+    scores = [factor * torch.rand(10, 16, generator=generator) for factor in (1e-3, 1.0, 1.5)]
+    masks = choose_across(scores, 0.5, floor=0.4)
+    counts = [int(mask.sum()) for mask in masks]
+    assert sum(counts) == 240
+    assert counts[0] == 32  # 0.4 of half
+    assert counts[1] < counts[2]
+    for score, mask in zip(scores, masks, strict=True):
+        assert score[mask].min() > score[~mask].max()
+    dropped = max(float(score[~mask].max()) for score, mask in zip(scores[1:], masks[1:], strict=True))
+    assert dropped < min(float(score[mask].min()) for score, mask in zip(scores[1:], masks[1:], strict=True))
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 1.0])
+def test_one_budget_at_its_ends(sparsity):
+    masks = choose_across([torch.ones(2, 4), torch.rand(3, 5)], sparsity, floor=0.4)
+    assert all((mask == (sparsity == 0.0)).all() for mask in masks)
 
 
 def test_a_pattern_that_does_not_divide_the_row_is_refused():

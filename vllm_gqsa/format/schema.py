@@ -99,7 +99,7 @@ class GqsaConfig(BaseModel):
     @field_validator("pattern")
     @classmethod
     def _known_pattern(cls, value: str) -> str:
-        if value not in ("row", "matrix"):
+        if value not in ("row", "matrix", "model"):
             parse_pattern(value)
         return value
 
@@ -181,7 +181,7 @@ def parse_pattern(pattern: str) -> tuple[int, int]:
     """
     match = re.fullmatch(r"([0-9]{1,3}):([0-9]{1,3})", pattern)
     if match is None or not 0 < int(match[1]) <= int(match[2]):
-        raise ValueError(f"pattern {pattern!r} is neither 'row', 'matrix' nor 'n:m' with 0 < n <= m")
+        raise ValueError(f"pattern {pattern!r} is neither 'row', 'matrix', 'model' nor 'n:m' with 0 < n <= m")
     return int(match[1]), int(match[2])
 
 
