@@ -58,7 +58,8 @@ def test_a_recipe_that_is_not_there():
      ["--recipe", "quick", "--sparsity", "0.25", "--seed", "3"]),
     (NAMED["blockwise"].changed({"compensate": False, "ignore": ("a",)}), "blockwise",
      ["--recipe", "blockwise", "--no-compensate", "--ignore", "a"]),
-    (NAMED["quick"].changed({"pattern": "matrix", "overrides": {"a": 0.1}}), "quick", ["--recipe", "out/gqsa_recipe.yaml"]),
+    (NAMED["quick"].changed({"pattern": "matrix", "overrides": {"a": 0.1}}), "quick",
+     ["--recipe", "out/gqsa_recipe.yaml"]),
     (Recipe(bqpo=BlockTraining(epochs=1)), "my.yaml", ["--recipe", "out/gqsa_recipe.yaml"]),
 ])  # fmt: skip
 def test_the_recorded_command_says_all_of_the_recipe(recipe, name, expected, tmp_path):
