@@ -185,7 +185,7 @@ class _Pruning:
         settings = job.settings
         self._last = min(round(settings.ramp * steps), steps - 1) if isinstance(settings, GradualPruning) else -1
         self._interval = settings.interval if isinstance(settings, GradualPruning) else 1
-        self._weight = 0.0
+        self._weights = 0.0, 0.0
         self._hooks = [linear.register_forward_hook(self._note) for linear in self._linears.values()]
 
     def observe(self, losses: "_Losses", windows: torch.Tensor) -> None:
@@ -197,7 +197,7 @@ class _Pruning:
         """
         if not self._linears:
             return
-        self._weight = 1 / windows.numel()
+        self._weights = 1 / windows.numel(), 1 / windows.numel()
         with parallel.apart(losses.student):
             for part in windows.split(self._job.settings.batch):  # no more memory than a step takes
                 losses.of(part, backward=True)
@@ -212,13 +212,20 @@ class _Pruning:
                 hook.remove()
             return
         if step % self._interval == 0 or step == self._last:
-            parallel.make_same(square for linear in self._linears.values() for square in linear.squares())
             rest = 1 - step / self._last if self._last else 0.0
             self._choose(1 - rest**3)
-        self._weight = (1 - _MEMORY) / (self._job.settings.batch * self._job.windows.shape[1])
-        for linear in self._linears.values():
-            for square in linear.squares():
-                square.mul_(_MEMORY)
+        # Each process sees a share of the tokens, and gradients of the mean over that share; the means are averaged.
+        weight = (1 - _MEMORY) / (self._job.settings.batch * self._job.windows.shape[1])
+        self._weights = weight * parallel.processes(), weight / parallel.processes()
+        for square in self._squares():
+            square.mul_(_MEMORY)
+
+    def after_gradients(self) -> None:
+        """Bring together what the processes have seen."""
+        parallel.average(self._squares())
+
+    def _squares(self) -> list[torch.Tensor]:
+        return [square for linear in self._linears.values() for square in linear.squares()]
 
     def _choose(self, progress: float) -> None:
         recipe = self._job.recipe
@@ -238,13 +245,14 @@ class _Pruning:
         Where blocks are recomputed it sees all inputs twice, which leaves their order as it is.
         """
 
-        def note(square: torch.Tensor, values: torch.Tensor) -> None:
+        def note(square: torch.Tensor, weight: float, values: torch.Tensor) -> None:
             # An OPT's feed-forward layer gets its inputs flattened.
-            square.add_(values.detach().float().flatten(0, -2).square().sum(0), alpha=self._weight)
+            square.add_(values.detach().float().flatten(0, -2).square().sum(0), alpha=weight)
 
         if output.requires_grad:
-            note(linear.input_square, args[0])
-            output.register_hook(functools.partial(note, linear.gradient_square))
+            of_input, of_gradient = self._weights
+            note(linear.input_square, of_input, args[0])
+            output.register_hook(functools.partial(note, linear.gradient_square, of_gradient))
 
     def state(self) -> list[tuple[torch.Tensor, ...]]:
         """What the choices depend on and have led to."""
@@ -254,8 +262,7 @@ class _Pruning:
         """Set all to what :meth:`state` gave."""
         for linear, (keep, *squares) in zip(self._linears.values(), state, strict=True):
             linear.keep = keep
-            for square, value in zip(linear.squares(), squares, strict=True):
-                square.copy_(value)
+            linear.input_square, linear.gradient_square = squares
 
 
 class _Losses:
@@ -346,6 +353,7 @@ def _train(job: EndToEndJob, student: _Student, losses: _Losses) -> dict[str, An
         start = job.first + step * job.settings.batch
         picked = _picked(len(windows), start, job.settings.batch, job.recipe.seed)
         loss = parallel.mean(losses.of(windows[parallel.share(picked)], backward=True))
+        pruning.after_gradients()
         optimizer.step(step, loss, job.name)
         state["curve"].append(loss)
         state["step"] = step + 1

@@ -8,7 +8,7 @@ windows. torchrun ends all of them when one has failed.
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any
@@ -23,9 +23,9 @@ from vllm_gqsa.offline.recipe import Recipe
 
 __all__ = [
     "apart",
+    "average",
     "check_shares",
     "is_first",
-    "make_same",
     "mean",
     "own_device",
     "processes",
@@ -193,8 +193,11 @@ def mean(value: float) -> float:
     return float(total) / processes()
 
 
-def make_same(tensors: Iterable[torch.Tensor]) -> None:
-    """Give tensors the values that they have in the first process."""
-    if processes() > 1:
-        for tensor in tensors:
-            dist.broadcast(tensor, src=0)
+def average(tensors: Sequence[torch.Tensor]) -> None:
+    """Replace tensors, of one dtype and device, by their means over the processes, to the bit the same in all."""
+    if processes() > 1 and tensors:
+        together = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(together)
+        together /= processes()
+        for tensor, values in zip(tensors, together.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(values.view_as(tensor))

@@ -95,7 +95,7 @@ def test_squares_of_inputs_and_of_gradients_are_noted():
     generator = torch.Generator().manual_seed(0)
     linear.weight = torch.nn.Parameter(torch.randn(8, 64, generator=generator))
     pruning = e2e._Pruning.__new__(e2e._Pruning)
-    pruning._weight = 0.1
+    pruning._weights = 0.1, 0.2
     linear.register_forward_hook(pruning._note)
     inputs = torch.randn(2, 5, 64, generator=generator)
     with torch.no_grad():
@@ -104,7 +104,7 @@ def test_squares_of_inputs_and_of_gradients_are_noted():
         linear(part).sin().sum().backward()
     gradients = (inputs @ linear.weight.T).cos()
     torch.testing.assert_close(linear.input_square, 0.1 * inputs.square().sum((0, 1)))
-    torch.testing.assert_close(linear.gradient_square, 0.1 * gradients.square().sum((0, 1)))
+    torch.testing.assert_close(linear.gradient_square, 0.2 * gradients.square().sum((0, 1)))
 
 
 def test_once_rounded_it_trains_what_will_be_stored():
