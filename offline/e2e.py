@@ -115,9 +115,7 @@ def train_end_to_end(job: EndToEndJob) -> tuple[list[CompressedBlock], dict[str,
     with reproducible(job.device):
         student = _Student(job)
         teacher = _teacher(job) if job.settings.loss == "kl" else None
-        model = parallel.wrap(student.model, may_skip=job.model.config.model_type in MIXTURES)
-        losses = _Losses(job, model, teacher)
-        facts = _train(job, student, losses)
+        facts = _train(job, student, teacher)
     facts["kept"] = isinstance(job.settings, GradualPruning) or facts["after"] <= facts["before"]
     return (student.blocks() if facts["kept"] else job.blocks), facts
 
@@ -198,9 +196,9 @@ class _Pruning:
         if not self._linears:
             return
         self._weights = 1 / windows.numel(), 1 / windows.numel()
-        with parallel.apart(losses.student):
-            for part in windows.split(self._job.settings.batch):  # no more memory than a step takes
-                losses.of(part, backward=True)
+        for part in windows.split(self._job.settings.batch):  # no more memory than a step takes
+            losses.of(part, backward=True)
+        self._weights = 0.0, 0.0
         losses.student.zero_grad(set_to_none=True)
 
     def before_step(self, step: int) -> None:
@@ -335,7 +333,7 @@ def _cross_entropy(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     return nn.functional.cross_entropy(logits.float(), tokens)
 
 
-def _train(job: EndToEndJob, student: _Student, losses: _Losses) -> dict[str, Any]:
+def _train(job: EndToEndJob, student: _Student, teacher: nn.Module | None) -> dict[str, Any]:
     held = max(1, min(_JUDGES, len(job.windows) // 8))
     windows, judges = job.windows[:-held], job.windows[-held:]
     if not len(windows):
@@ -343,9 +341,11 @@ def _train(job: EndToEndJob, student: _Student, losses: _Losses) -> dict[str, An
     steps = job.settings.steps(windows.shape[1])
     tokens = steps * job.settings.batch * windows.shape[1]
     optimizer = Optimizer(student.kinds, job.settings, steps)
-    parallel.warm_up(losses.student, lambda: losses.of(windows[:1], backward=True))
     pruning = _Pruning(job, student, steps)
-    pruning.observe(_Losses(job, losses.student, teacher=None), windows[:_OBSERVED])
+    pruning.observe(_Losses(job, student.model, teacher=None), windows[:_OBSERVED])
+    model = parallel.wrap(student.model, may_skip=job.model.config.model_type in MIXTURES)
+    losses = _Losses(job, model, teacher)
+    parallel.warm_up(model, lambda: losses.of(windows[:1], backward=True))
     state = _resume(job, student, optimizer, pruning) or {"step": 0, "curve": [], "before": losses.of(judges)}
     saved = time.monotonic()
     for step in range(state["step"], steps):
