@@ -86,7 +86,7 @@ def methods(budget: Budget) -> list[Method]:
         Method("2:4 + INT4 g64 + distillation", main, rival, "sparsegpt-2of4-int4"),
         Method("W2 g64 + distillation", main, rival, "gptq-w2"),
         Method("W3 g64 + distillation", main, rival, "gptq-w3"),
-        *(Method(f"recipe {name}", ("recipes",), NAMED[name]) for name in ("quick", "default", "best")),
+        *(Method(f"GQSA, recipe {name}", ("main", "recipes"), NAMED[name]) for name in ("quick", "default", "best")),
         Method("W4S50 one-shot", ("sparsity", "stages", "importance"), ours()),
         *(Method(f"W4S{p} one-shot", ("sparsity",), ours(sparsity=p / 100)) for p in (0, 20, 30, 40)),
         *(Method(f"W4S{p} G16", ("sparsity",), ours(sparsity=p / 100, **trained)) for p in (20, 40)),

@@ -79,7 +79,7 @@ def plot(document: Row, path: Path) -> None:
         if row["bits_per_weight"] == 16:
             axis.axhline(score["perplexity"], color="gray", linestyle=":", label="dense")
             continue
-        ours = row["method"].startswith("W4S")
+        ours = row["method"].startswith(("W4S", "GQSA"))
         axis.scatter(row["bits_per_weight"], score["perplexity"], color="tab:blue" if ours else "tab:orange")
         axis.annotate(row["method"], (row["bits_per_weight"], score["perplexity"]), xytext=(4, 4),
                       textcoords="offset points", fontsize=8)  # fmt: skip

@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> int:
     for number, prompt in enumerate(PROMPTS):
         print(f"\n## {prompt}\n")
         for label, texts in answers.items():
-            print(f"**{label}**\n\n```text\n{texts[number]}\n```\n")
+            print(f"**{label}**\n\n````text\n{texts[number]}\n````\n")
     return 0
 
 
