@@ -17,8 +17,9 @@ $(STAMP): pyproject.toml setup.py benchmarks/demo/install.py $(wildcard csrc/*/*
 	@$(PYTHON) benchmarks/demo/install.py $(VENV)
 	@touch $@
 
+# Two processes of one thread each: with two each, two cores spend most of their time waiting for one another.
 test: setup ## Run the default tests (no GPU, nothing slow)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 cuda-check: setup ## Test the CUDA kernels without a GPU, all of it (10 minutes at most)
 	$(BIN)/python -m pytest -n 2 -m "not gpu" tests/cuda
