@@ -87,8 +87,8 @@ class GradualPruning(WholeModel):
 
     The share of pruned groups rises from none, fast at first (1 - (1 - t)^3, Zhu and Gupta, arXiv 1710.01878), and each
     choice is made anew from the weights as they are by then: w^2 times the mean square of the input, times that of the
-    next-token loss's gradient with respect to the output, both measured once in the dense model. Once the last choice
-    is made, the kept weights are rounded to INT4 in every step, gradients passing straight through.
+    loss's gradient with respect to the output, both measured in the dense model on next tokens and then followed from
+    step to step. Once the last choice is made, the kept weights are rounded to INT4 in every step, gradients passing straight through.
     """
 
     weight_lr: float = Field(default=1e-3, ge=0)
@@ -230,7 +230,7 @@ class Recipe(BaseModel):
         """
         if self.lm_head is None:
             raise ValueError("the recipe leaves the head dense")
-        pattern = "row" if ":" in self.pattern else self.pattern.replace("model", "matrix")
+        pattern = "row" if ":" in self.pattern else "matrix" if self.pattern == "model" else self.pattern
         changes = {"sparsity": self.lm_head, "pattern": pattern, "group_size": self.group_size_of(name)}
         return self.model_copy(update=changes)
 
