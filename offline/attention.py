@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.masking_utils import eager_mask
 
 __all__ = ["use_plain_attention"]
@@ -41,7 +42,7 @@ def _plain_attention(
     The softmax reads and writes bfloat16 and computes in float32; spelled as such it would be three times as slow.
     """
     repeats = query.shape[1] // key.shape[1]
-    keys, values = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    keys, values = repeat_kv(key, repeats), repeat_kv(value, repeats)
     scores = (query * scaling) @ keys.transpose(2, 3)
     if attention_mask is not None:
         scores = scores + attention_mask.to(scores.dtype)

@@ -88,7 +88,8 @@ class GradualPruning(WholeModel):
     The share of pruned groups rises from none, fast at first (1 - (1 - t)^3, Zhu and Gupta, arXiv 1710.01878), and each
     choice is made anew from the weights as they are by then: w^2 times the mean square of the input, times that of the
     loss's gradient with respect to the output, both measured in the dense model on next tokens and then followed from
-    step to step. Once the last choice is made, the kept weights are rounded to INT4 in every step, gradients passing straight through.
+    step to step. Once the last choice is made, the kept weights are rounded to INT4 in every step, gradients passing
+    straight through.
     """
 
     weight_lr: float = Field(default=1e-3, ge=0)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from vllm_gqsa.experts import fused_experts, is_text_model, name_as_in_files, unfuse_experts
+from vllm_gqsa.experts import empty_model, fused_experts, is_text_model
 from vllm_gqsa.offline.errors import InputError
 from vllm_gqsa.offline.families import Family
 
@@ -39,13 +39,9 @@ def meta_model(config: Any) -> Any:  # noqa: ANN401 - transformers chooses the c
             "vLLM may serve its checkpoints all the same"
         )
     try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    except Exception as error:  # nonsense in config.json gets as far as it gets, and fails as it will
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"transformers cannot build a causal language model from config.json: {reason}") from error
-    unfuse_experts(model, config.model_type)
-    name_as_in_files(model, config.model_type)
+        model = empty_model(AutoModelForCausalLM, config, dtype=torch.float32)
+    except (ImportError, ValueError) as error:
+        raise InputError(f"transformers cannot build a causal language model from config.json: {error}") from error
     if fused_experts(model):
         raise InputError(f"model_type {config.model_type!r}: the names of its experts in files are not known")
     return model.eval()

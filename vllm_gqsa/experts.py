@@ -16,6 +16,7 @@ __all__ = [
     "MIXTURES",
     "Experts",
     "Mixture",
+    "empty_model",
     "fused_experts",
     "is_text_model",
     "name_as_in_files",
@@ -101,6 +102,29 @@ def is_text_model(config: Any) -> bool:  # noqa: ANN401 - transformers chooses t
     from transformers import AutoModelForCausalLM  # noqa: PLC0415 - slow, and only for local folders
 
     return type(config) in AutoModelForCausalLM._model_mapping and config.get_text_config() is config
+
+
+def empty_model(auto: Any, config: Any, **options: Any) -> Any:  # noqa: ANN401 - transformers chooses the class
+    """A model of transformers without memory for weights, its tensors under the names that they have in files.
+
+    Args:
+        auto: one of transformers' AutoModel classes.
+        config: config.json as transformers understands it.
+        options: for ``auto.from_config``.
+
+    Raises:
+        ImportError: it needs a package that is missing.
+        ValueError: it cannot be built; like the other, it says why in one line.
+    """
+    try:
+        with torch.device("meta"):
+            model = auto.from_config(config, **options)
+    except Exception as error:  # nonsense in config.json gets as far as it gets, and fails as it will
+        kind = ImportError if isinstance(error, ImportError) else ValueError
+        raise kind(" ".join(str(error).split()) or type(error).__name__) from error
+    unfuse_experts(model, config.model_type)
+    name_as_in_files(model, config.model_type)
+    return model
 
 
 def fused_experts(model: nn.Module) -> list[str]:

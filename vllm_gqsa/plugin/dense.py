@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from vllm_gqsa.experts import fused_experts, is_text_model, name_as_in_files, unfuse_experts
+from vllm_gqsa.experts import empty_model, fused_experts, is_text_model
 from vllm_gqsa.format import TENSORS, CheckpointReader, FormatError, check_dense, check_layer_count
 
 __all__ = ["check_model"]
@@ -30,15 +30,9 @@ def check_model(reader: CheckpointReader, config: Any) -> None:  # noqa: ANN401 
         return
     check_layer_count(config.get_text_config(), len(reader.files.file_of), reader.folder)
     try:
-        with torch.device("meta"):
-            model = auto.from_config(config)
-    except ImportError:
-        raise
-    except Exception as error:  # nonsense in config.json gets as far as it gets, and fails as it will
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise FormatError(f"{reader.folder}/config.json: describes no model that can be built: {reason}") from error
-    unfuse_experts(model, config.model_type)
-    name_as_in_files(model, config.model_type)
+        model = empty_model(auto, config)
+    except ValueError as error:
+        raise FormatError(f"{reader.folder}/config.json: describes no model that can be built: {error}") from error
     if fused_experts(model):
         return
     if is_text:
