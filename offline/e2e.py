@@ -86,6 +86,11 @@ class EndToEndJob:
     state: Path
     progress: Callable[[int, int], None]
 
+    @property
+    def precision(self) -> str:
+        """``bfloat16`` or ``float32``: what matrix products are computed in."""
+        return resolve_precision(self.recipe.precision, self.device)
+
     def linear(self, name: str, dense: Any, matrix: GroupSparseMatrix | None) -> TrainedLinear:  # noqa: ANN401
         """What a linear of the model is while it is trained.
 
@@ -122,10 +127,9 @@ def train_end_to_end(job: EndToEndJob) -> tuple[list[CompressedBlock], dict[str,
 
 def _teacher(job: EndToEndJob) -> nn.Module:
     """The dense model, in the arithmetic of the training."""
-    precision = resolve_precision(job.recipe.precision, job.device)
     model: PreTrainedModel = meta_model(job.model.config)
-    load_weights(model, job.model, job.model.config, job.device, dtype=getattr(torch, precision))
-    use_plain_attention(model, job.device, precision, job.windows.shape[1])
+    load_weights(model, job.model, job.model.config, job.device, dtype=getattr(torch, job.precision))
+    use_plain_attention(model, job.device, job.precision, job.windows.shape[1])
     return model
 
 
@@ -146,8 +150,7 @@ class _Student:
             for block in job.blocks:
                 for name, tensor in block.tensors.items():
                     self.model.get_parameter(name).copy_(tensor)
-        precision = resolve_precision(job.recipe.precision, job.device)
-        use_plain_attention(self.model, job.device, precision, job.windows.shape[1])
+        use_plain_attention(self.model, job.device, job.precision, job.windows.shape[1])
         # Only now, since the biases have not had their values before. What stands outside the blocks stays as it is.
         self._prefix = job.family.blocks + "."
         local = {name.removeprefix(self._prefix): linear for name, linear in self.linears.items()}
@@ -269,7 +272,6 @@ class _Losses:
     def __init__(self, job: EndToEndJob, student: nn.Module, teacher: nn.Module | None) -> None:
         self._job = job
         self.student, self._teacher = student, teacher
-        self._precision = resolve_precision(job.recipe.precision, job.device)
 
     def of(self, windows: torch.Tensor, *, backward: bool = False) -> float:
         """Mean loss over all positions; with ``backward`` its gradients are added up too.
@@ -289,7 +291,7 @@ class _Losses:
         tokens = part.to(self._job.device)
         with torch.no_grad():
             wanted = None if self._teacher is None else self._teacher(tokens, use_cache=False).logits
-        with torch.set_grad_enabled(backward), arithmetic(self._precision, self._job.device):
+        with torch.set_grad_enabled(backward), arithmetic(self._job.precision, self._job.device):
             logits = self.student(tokens, use_cache=False).logits
         with torch.set_grad_enabled(backward):
             loss = self._of_logits(logits, wanted, tokens) * weight

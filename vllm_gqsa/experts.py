@@ -19,7 +19,6 @@ __all__ = [
     "empty_model",
     "fused_experts",
     "is_text_model",
-    "name_as_in_files",
     "name_in_model",
     "unfuse_experts",
     "weight_in_model",
@@ -123,7 +122,7 @@ def empty_model(auto: Any, config: Any, **options: Any) -> Any:  # noqa: ANN401 
         kind = ImportError if isinstance(error, ImportError) else ValueError
         raise kind(" ".join(str(error).split()) or type(error).__name__) from error
     unfuse_experts(model, config.model_type)
-    name_as_in_files(model, config.model_type)
+    _name_as_in_files(model, config.model_type)
     return model
 
 
@@ -155,7 +154,7 @@ def unfuse_experts(model: nn.Module, model_type: str, wanted: Callable[[str], bo
             model.set_submodule(name, Experts(module, MIXTURES[model_type]))
 
 
-def name_as_in_files(model: nn.Module, model_type: str) -> None:
+def _name_as_in_files(model: nn.Module, model_type: str) -> None:
     """Call the modules of a model of transformers what they are called in files; the model runs as before."""
     block = MIXTURES[model_type].block if model_type in MIXTURES else "mlp"
     if block == "mlp":
