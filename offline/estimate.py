@@ -1,6 +1,7 @@
 """What a compression will cost, before an hour is spent on it."""
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,8 +19,8 @@ from vllm_gqsa.offline.training import resolve_precision
 
 __all__ = ["DENSE_INT4_BITS", "Estimate", "estimate", "module_bytes"]
 
-_TRAINING_SPEED = 0.5
-"""Share of a large matrix product's speed that training reaches, roughly."""
+_TRAINING_SPEED = 0.7
+"""Share of a large matrix product's speed that the products of training reach, roughly."""
 DENSE_INT4_BITS = 4.125
 """Bits a weight of the usual rival: dense INT4, groups of 128, a 16-bit scale each."""
 
@@ -37,7 +38,7 @@ class Estimate:
         dense_bytes: safetensors files of the dense model.
         disk_bytes: needed free in the output folder.
         peak_memory_bytes: beside what Python, torch and mapped files take (about 0.8 GB).
-        seconds: rough, training included; from this machine's measured speed of a matrix product.
+        seconds: rough, training included; from this machine's measured speeds of a matrix product and of a copy.
         gflops: that speed in float32, in 10^9 floating point operations a second.
         training: memory in bytes and seconds of each training stage, rough.
     """
@@ -107,10 +108,13 @@ def estimate(
     inside = {name: r * c for name, (r, c) in shapes.items() if name != head}
     precision = resolve_precision(recipe.precision, torch.device(device))
     costs = training_costs(skeleton, blocks, inside, recipe, batch, precision)
-    speed = _TRAINING_SPEED * 1e9 * _gflops(device, getattr(torch, precision)) if costs else 1.0
-    training = {
-        name: {"memory_bytes": cost.memory_bytes, "seconds": cost.operations / speed} for name, cost in costs.items()
-    }
+    training: dict[str, dict[str, float]] = {}
+    if costs:
+        products = _TRAINING_SPEED * 1e9 * _gflops(device, getattr(torch, precision))
+        copies = _copy_speed(device)
+        for name, cost in costs.items():
+            seconds_of_stage = cost.operations / products + cost.moved_bytes / copies
+            training[name] = {"memory_bytes": cost.memory_bytes, "seconds": seconds_of_stage}
     # Each pass leaves its shards until the checkpoint is finished; the state is written anew beside the old one.
     passes = len({"blocks", *costs} - ({"blocks"} if recipe.prune else set()) - {"bqpo"})
     state = max((2 * cost.state_bytes for cost in costs.values()), default=0)
@@ -190,9 +194,21 @@ def _operations(
 def _gflops(device: str, dtype: torch.dtype) -> float:
     size = 1024
     a = torch.rand(size, size, device=device).to(dtype)
-    float((a @ a)[0, 0])  # warm up
-    begin, products = time.perf_counter(), 0
+    return 2 * size**3 / 1e9 / _seconds_of(lambda: float((a @ a)[0, 0]))
+
+
+def _copy_speed(device: str) -> float:
+    """Bytes a second, read and written."""
+    source = torch.rand(2**26, device=device)  # larger than caches
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / _seconds_of(lambda: float(target.copy_(source)[0]))
+
+
+def _seconds_of(work: Callable[[], object]) -> float:
+    """Mean of half a second's repetitions; ``work`` waits for its result."""
+    work()  # warm up
+    begin, count = time.perf_counter(), 0
     while time.perf_counter() - begin < 0.5:
-        float((a @ a)[0, 0])
-        products += 1
-    return 2 * size**3 * products / (time.perf_counter() - begin) / 1e9
+        work()
+        count += 1
+    return (time.perf_counter() - begin) / count

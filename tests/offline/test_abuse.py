@@ -32,6 +32,7 @@ def gqsa(monkeypatch, capsys):
         return code, captured.out, " ".join(captured.err.split())
 
     monkeypatch.setattr("vllm_gqsa.offline.estimate._gflops", lambda *_: 10.0)
+    monkeypatch.setattr("vllm_gqsa.offline.estimate._copy_speed", lambda *_: 1e10)
     return run
 
 

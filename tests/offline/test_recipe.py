@@ -118,6 +118,9 @@ def test_estimated_costs_grow_with_what_causes_them(dense):
     assert cost(distill=Distillation(tokens=1000, checkpointing=True)).memory_bytes < distill.memory_bytes
     assert cost(distill=Distillation(tokens=1000), precision="bfloat16").memory_bytes < distill.memory_bytes
     assert cost(distill=Distillation(tokens=1000), batch=1).memory_bytes < distill.memory_bytes
+    # The fake quantiser and the optimiser go through the weights once a step, however many windows are in it.
+    assert cost(distill=Distillation(tokens=4096, batch=1)).moved_bytes == 8 * 500 * weights
+    assert cost(distill=Distillation(tokens=4096, batch=4)).moved_bytes == 2 * 500 * weights
     # All weights are trained while they are pruned, the kept half after, and of those the scales at last.
     prune = cost(prune=GradualPruning(tokens=1000))
     scales = cost(oqp=EndToEnd(tokens=1000))
@@ -125,3 +128,4 @@ def test_estimated_costs_grow_with_what_causes_them(dense):
     assert prune.state_bytes > distill.state_bytes > 4 * scales.state_bytes
     block = cost(bqpo=BlockTraining(epochs=3), samples=10, context=100)
     assert block.operations == 6 * weights * 3 * 1000
+    assert cost(bqpo=BlockTraining(epochs=3, batch=4), samples=10).moved_bytes == 9 * 500 * weights
