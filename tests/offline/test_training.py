@@ -203,7 +203,7 @@ def test_killed_at_random_moments_of_training_it_ends_with_the_same_bytes(dense,
     for name in ("one", "two"):
         options = ["--calibration", str(text), "--recipe", str(recipe), "--eval-windows", "4", "--batch", "4"]
         command = [sys.executable, "-c", code, "compress", str(dense("llama")), str(tmp_path / name), *options]
-        for _ in range(15 if name == "two" else 0):
+        for _ in range(20 if name == "two" else 0):
             process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             try:
                 process.wait(timeout=rng.uniform(4, 12))
@@ -212,7 +212,7 @@ def test_killed_at_random_moments_of_training_it_ends_with_the_same_bytes(dense,
                 process.wait()
                 kills += 1
         subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
-    assert kills > 3
+    assert kills > 10
     assert_same(tmp_path / "two", tmp_path / "one")
 
 
