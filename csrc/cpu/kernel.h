@@ -19,9 +19,9 @@ enum class Operand : int32_t { float32, bfloat16, int8 };  // what the activatio
 
 constexpr int kMaxTokens = 16;   // tokens a call of Kernel::multiply, at most
 constexpr int kTokenBlock = 8;   // tokens whose sums are kept in registers at a time, at most
-// Numbers in the scratch memory that Kernel::multiply needs: a row's units, up to 15 numbers before and 16 after them,
-// and room for the last vectors to be stored.
-constexpr int64_t scratch_size(int64_t in_features) { return in_features / 8 + 31 + 128; }
+// Numbers in the offsets of a row: its units, up to 15 before and 16 after them, and room for the last vectors to be
+// stored.
+constexpr int64_t offsets_size(int64_t in_features) { return in_features / 8 + 31 + 128; }
 
 struct Weight {
     const int32_t* crow_indices;   // [rows + 1]
@@ -51,7 +51,7 @@ struct Kernel {
     bool (*supported)();
     Operand operand;
     int token_multiple;  // what the number of tokens in x is rounded up to, if it is more than one
-    // Rows begin..end of y; `offsets` is scratch memory of scratch_size(in_features) numbers.
+    // Rows begin..end of y; `offsets` is scratch memory for two rows, offsets_size(in_features) each.
     void (*multiply)(const Call&, int64_t begin, int64_t end, uint32_t* offsets);
     // Rows begin..end of the dense weight, to [end - begin, in_features].
     void (*dequantize)(const Weight&, int64_t begin, int64_t end, Dtype, void* out);

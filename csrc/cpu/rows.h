@@ -6,6 +6,7 @@
 #include "numbers.h"
 
 #define GQSA_INLINE __attribute__((always_inline)) inline
+#define GQSA_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace gqsa::cpu {
 namespace {
@@ -18,17 +19,19 @@ inline int lowest_bit(uint32_t bits) { return __builtin_ctz(bits); }
 
 // Where the activations of each unit of a row are, in bytes from Call::x, appended to `out`.
 template <int G>
-inline uint32_t* append_offsets(const Weight& weight, int64_t row, uint32_t stride, uint32_t* out) {
-    constexpr int parts = units_per_group(G);
-    const uint8_t* mask = weight.group_mask + row * weight.mask_stride;
-    for (int64_t byte = 0; byte < weight.mask_stride; ++byte) {
-        for (uint32_t bits = mask[byte]; bits; bits &= bits - 1) {
-            const uint32_t first = (static_cast<uint32_t>(byte) * 8 + lowest_bit(bits)) * parts * stride;
-            for (int part = 0; part < parts; ++part) *out++ = first + part * stride;
+struct AppendOffsets {
+    GQSA_INLINE uint32_t* operator()(const Weight& weight, int64_t row, uint32_t stride, uint32_t* out) const {
+        constexpr int parts = units_per_group(G);
+        const uint8_t* mask = weight.group_mask + row * weight.mask_stride;
+        for (int64_t byte = 0; byte < weight.mask_stride; ++byte) {
+            for (uint32_t bits = mask[byte]; bits; bits &= bits - 1) {
+                const uint32_t first = (static_cast<uint32_t>(byte) * 8 + lowest_bit(bits)) * parts * stride;
+                for (int part = 0; part < parts; ++part) *out++ = first + part * stride;
+            }
         }
+        return out;
     }
-    return out;
-}
+};
 
 template <int G, class T, class Round>
 inline void dequantize_row(const Weight& weight, int64_t row, T* out, Round round) {
@@ -118,20 +121,28 @@ __attribute__((noinline)) void run_rows(const Call& call, int64_t begin, int64_t
     const Weight& weight = call.weight;
     const uint32_t stride = static_cast<uint32_t>(call.padded_tokens) * unit_size(G) * element;
     const uint32_t zeros = static_cast<uint32_t>(weight.in_features / unit_size(G)) * stride;
-    for (int64_t r = begin; r < end; ++r) {
+    const auto offsets_of = [&](int64_t r, uint32_t* at) GQSA_INLINE_LAMBDA {
         const Row row{int64_t{weight.crow_indices[r]} * units_per_group(G),
-                      int64_t{weight.crow_indices[r + 1]} * units_per_group(G), offsets};
-        uint32_t* at = offsets;
+                      int64_t{weight.crow_indices[r + 1]} * units_per_group(G), at};
         for (int64_t before = row.begin & 15; before; --before) *at++ = zeros;
         at = append(weight, r, stride, at);
         for (int after = 0; after < 16; ++after) *at++ = zeros;
+        return row;
+    };
+    // A row's offsets are made before the row in front of it is multiplied, so that none are read just after.
+    uint32_t* const buffers[2] = {offsets, offsets + offsets_size(weight.in_features)};
+    Row next{};
+    if (begin < end) next = offsets_of(begin, buffers[begin & 1]);
+    for (int64_t r = begin; r < end; ++r) {
+        const Row row = next;
+        if (r + 1 < end) next = offsets_of(r + 1, buffers[(r + 1) & 1]);
         float sums[Tokens];
         Multiply::template run<G, Tokens>(call, row, token, sums);
         for (int m = 0; m < Tokens; ++m) store_sum(call, r, token + m, sums[m]);
     }
 }
 
-// Runs Multiply for all rows and tokens. `element` is the size of a prepared activation; `append` is append_offsets or a
+// Runs Multiply for all rows and tokens. `element` is the size of a prepared activation; `append` is an AppendOffsets or a
 // faster twin.
 template <class Multiply, int G, class Append>
 inline void for_rows(const Call& call, int64_t begin, int64_t end, uint32_t* offsets, uint32_t element, Append append) {
