@@ -15,7 +15,8 @@ import torch
 import vllm_gqsa
 from vllm_gqsa.format import CheckpointReader, FormatError, read_json
 from vllm_gqsa.kernels import cpu, cuda, native
-from vllm_gqsa.kernels.choice import check_environment, choose
+from vllm_gqsa.kernels.choice import check_environment, choose, choose_for_experts
+from vllm_gqsa.plugin.registration import tested_with
 
 __all__ = ["Diagnosis", "diagnose"]
 
@@ -81,7 +82,11 @@ def _versions(found: Diagnosis) -> None:
     found.facts["python"] = f"{platform.python_version()} in {sys.prefix}"
     found.facts["system"] = platform.platform()
     found.facts["torch"] = f"{torch.__version__} (CUDA {torch.version.cuda or 'none'})"
-    for name in (*_VLLM, "transformers", "safetensors"):
+    for name in _VLLM:
+        version = _version(name)
+        tested = "tested" if tested_with(version or "") else "not tested"
+        found.facts[name] = f"{version}, {tested} with vllm-gqsa" if version else "not installed"
+    for name in ("transformers", "safetensors"):
         found.facts[name] = _version(name) or "not installed"
 
 
@@ -177,6 +182,8 @@ def _checkpoint(found: Diagnosis, folder: Path, device: str) -> None:
         f"{folder}: {len(config.modules)} modules, {nnz} groups of {sizes} kept, {size / 1e6:.1f} MB; "
         "names and counts are right (gqsa verify checks the values)"
     )
+    if device != "cpu" and any(".experts." in name for name in config.modules):
+        found.warnings.append(f"serving is slow: {choose_for_experts(device, torch.bfloat16, config.group_size).why}")
     raw = read_json(folder / "config.json")
     if "vision_config" in raw:
         try:

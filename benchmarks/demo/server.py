@@ -82,15 +82,15 @@ class Server:
 
     @classmethod
     def vllm(cls, model: Path, log: Path, say: Callable[[str], None], *options: str) -> Self:
-        """`vllm serve MODEL` from the environment whose Python runs this, in bfloat16 and without compilation.
+        """`vllm serve MODEL` from the environment whose Python runs this; in bfloat16 unless `options` say other.
 
-        Compilation would need a C++ compiler, which a bare machine may lack.
+        Without compilation, which would need a C++ compiler that a bare machine may lack.
         """
         vllm = Path(sys.executable).with_name("vllm")
         if not vllm.exists():
             raise DemoError(f"{vllm} is not there; run `make setup` and start this with its Python")
         settings = ("--dtype", "bfloat16", "--max-model-len", "1024", "--max-num-seqs", "4", "--enforce-eager")
-        return cls([str(vllm), "serve", str(model), *options, *settings], log, say)
+        return cls([str(vllm), "serve", str(model), *settings, *options], log, say)
 
     def __enter__(self) -> Self:
         """Start, and wait until it answers.

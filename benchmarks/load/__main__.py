@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -49,6 +50,8 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     os.environ.update(VLLM_CACHE_ROOT=str((folder / "cache").absolute()), HF_HUB_OFFLINE="1")
     try:
+        shutil.rmtree(folder / "cache", ignore_errors=True)
+        write_texts(folder / "calibration.txt", folder / "eval.txt")
         model = options.model or prepare(folder)
         figures = load(folder, model)
     except (DemoError, openai.OpenAIError, OSError) as error:
@@ -64,7 +67,6 @@ def prepare(folder: Path) -> Path:
     """Compress the demo's model in a hurry, since nobody reads its answers, unless that was done."""
     dense, ours, text = folder / "dense", folder / "gqsa", folder / "calibration.txt"
     write_dense_model(find_gguf(), dense)
-    write_texts(text, folder / "eval.txt")
     if not (ours / "config.json").exists():
         options = ["--sparsity", "0.2", "--lm-head", "0", "--no-compensate", "--calibration", str(text)]
         options += ["--samples", "4", "--context", "128", "--eval-windows", "1"]
@@ -99,7 +101,7 @@ def load(folder: Path, model: Path) -> dict[str, Any]:
             whole = asyncio.run(ask_all(server.url, requests, CONCURRENCY))
             seconds = time.monotonic() - start
         say("clients that hang up")
-        closed = asyncio.run(hang_up(server.url, distinct[:CONCURRENCY]))
+        busy = asyncio.run(hang_up(server.url, distinct[:CONCURRENCY]))
         idle = wait_idle(server.url)
         after = asyncio.run(ask_all(server.url, distinct[:4], 1))
         say("SIGTERM under load")
@@ -125,6 +127,7 @@ def load(folder: Path, model: Path) -> dict[str, Any]:
         "answers_that_differ_from_those_of_single_requests": {"streamed": differ[0], "not_streamed": differ[1]},
         "memory_mb": [round(each / 1e6) for each in memory.samples[:: max(1, len(memory.samples) // 20)]],
         "memory_growth_over_the_last_four_fifths": round(grown, 4),
+        "streams_that_ran_before_hanging_up": busy,
         "seconds_until_idle_after_hanging_up": idle,
         "seconds_to_stop": round(stop_seconds, 1),
         "exit_status": status,
@@ -133,8 +136,8 @@ def load(folder: Path, model: Path) -> dict[str, Any]:
             "no request failed": bench["completed"] == REQUESTS and len(whole) == REQUESTS,
             "answers under load are those of single requests": differ == [0, 0],
             "memory is flat": grown <= MOST_GROWTH,
-            "hanging up frees the server": closed == CONCURRENCY and idle is not None and after == alone[:4],
-            "SIGTERM under load ends all processes": stop_seconds <= STOP_SECONDS and not left,
+            "hanging up frees the server": busy == CONCURRENCY and idle is not None and after == alone[:4],
+            "SIGTERM under load ends all processes": status == 0 and stop_seconds <= STOP_SECONDS and not left,
             "no traceback in the log before it": is_calm(log),
             "a restart is faster and answers the same": warm < cold and again == alone[:4],
         },

@@ -87,7 +87,7 @@ def ask_by_bench(url: str, model: Path, requests: list[Request], concurrency: in
 
 
 async def hang_up(url: str, requests: list[Request]) -> int:
-    """Start streams all at once and close each after its second piece; returns how many were closed."""
+    """Start streams all at once and close each after its second piece; returns how many the server ran before."""
     async with _client(url) as client:
         streams = await start_streams(client, requests)
 
@@ -97,8 +97,9 @@ async def hang_up(url: str, requests: list[Request]) -> int:
                 await anext(pieces)
             await stream.close()
 
+        busy = await asyncio.to_thread(running, url)
         await asyncio.gather(*map(close, streams))
-        return len(streams)
+        return busy
 
 
 async def start_streams(client: openai.AsyncOpenAI, requests: list[Request]) -> list[openai.AsyncStream[Completion]]:

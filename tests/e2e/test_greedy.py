@@ -105,7 +105,9 @@ def test_llm_generate(checkpoint, prompts, reference, tmp_path):
 def test_vllm_serve(checkpoint, prompts, reference, tmp_path):
     from openai import OpenAI
 
-    with Server.vllm(checkpoint, tmp_path / "serve.log", print, "--quantization", "gqsa") as server:
+    with Server.vllm(
+        checkpoint, tmp_path / "serve.log", print, "--quantization", "gqsa", "--dtype", "float32"
+    ) as server:
         client = OpenAI(base_url=f"{server.url}/v1", api_key="none")
         found = []
         for prompt in prompts:

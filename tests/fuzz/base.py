@@ -24,13 +24,15 @@ NUMPY = {
 GROUP = 16
 
 
-def build(folder: Path) -> tuple[Path, Path]:
-    """Write a tiny Llama, compressed, as one file and as two with an index; returns both folders."""
+def build(folder: Path) -> tuple[Path, Path, Path]:
+    """Write a tiny Llama, compressed, as one file and as two with an index, and one with a compressed tied head."""
     from tests.helpers import compress_randomly, make_dense
 
     sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
-    dense = make_dense(folder / "dense", **sizes, intermediate_size=96, vocab_size=64, max_position_embeddings=64)
-    single = compress_randomly(dense, folder).checkpoint
+    sizes |= {"intermediate_size": 96, "vocab_size": 64, "max_position_embeddings": 64}
+    single = compress_randomly(make_dense(folder / "dense", **sizes), folder).checkpoint
+    tied = make_dense(folder / "tied", **sizes, tie_word_embeddings=True)
+    head = compress_randomly(tied, folder / "head", head=True).checkpoint
     sharded = shutil.copytree(single, folder / "sharded")
     path = sharded / "model.safetensors"
     entries, data = split(path)
@@ -48,7 +50,7 @@ def build(folder: Path) -> tuple[Path, Path]:
         join(shard, laid_out, raw)
     path.unlink()
     (sharded / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    return single, sharded
+    return single, sharded, head
 
 
 def shapes(folder: Path) -> dict[str, tuple[int, int]]:

@@ -6,7 +6,8 @@ A target raises one of its ``CLEAN`` errors, or :class:`WrongError` where it loa
 import gc
 import json
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ import torch
 
 import vllm_gqsa
 from tests.fuzz.base import expanded, stored_tensors
-from vllm_gqsa.format import FormatError
+from vllm_gqsa.format import FormatError, GroupSparseMatrix
+from vllm_gqsa.kernels.cpu import PackedMatrix
 from vllm_gqsa.offline.errors import InputError
 
 Shapes = dict[str, tuple[int, int]]
@@ -31,6 +33,25 @@ def same(name: str, ours: torch.Tensor, theirs: np.ndarray) -> None:
     raw = mine.view(torch.uint8).numpy().tobytes() if mine.dim() else mine.numpy().tobytes()
     if raw != np.ascontiguousarray(theirs).tobytes():
         raise WrongError(f"{name} differs from what the file holds")
+
+
+@contextmanager
+def watched() -> Iterator[None]:
+    """Within it nothing reaches the native kernels that breaks the format."""
+    right = PackedMatrix.pack
+
+    def pack(matrix: GroupSparseMatrix) -> PackedMatrix:
+        try:
+            matrix.validate()
+        except FormatError as error:
+            raise WrongError(f"a broken matrix reached the native kernels: {error}") from error
+        return right(matrix)
+
+    PackedMatrix.pack = pack  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        PackedMatrix.pack = right  # type: ignore[method-assign]
 
 
 def read(folder: Path, shapes: Shapes) -> None:
@@ -75,7 +96,8 @@ def transformers(folder: Path, shapes: Shapes) -> None:
         raise ValueError("not asked: transformers builds any number of layers before it asks a quantizer")
     model = hf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     stored = stored_tensors(folder)
-    compressed = {name for name, module in model.named_modules() if isinstance(module, ours.GqsaLinear)}
+    kinds = (ours.GqsaLinear, ours.GqsaEmbedding)
+    compressed = {name for name, module in model.named_modules() if isinstance(module, kinds)}
     for name in compressed:
         same(name, model.get_submodule(name).matrix.to_dense(), expanded(stored, name, shapes[name]))
     for name, parameter in model.named_parameters():

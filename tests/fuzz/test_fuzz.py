@@ -10,6 +10,7 @@ from tests.fuzz.__main__ import fuzz
 from tests.fuzz.base import build
 from tests.fuzz.worker import run_case
 from vllm_gqsa.format import CheckpointReader
+from vllm_gqsa.kernels.cpu import PackedMatrix
 
 
 @pytest.fixture(scope="module")
@@ -17,18 +18,22 @@ def bases(tmp_path_factory):
     return list(build(tmp_path_factory.mktemp("fuzz") / "good"))
 
 
-@pytest.mark.parametrize(("target", "cases"), [("read", 300), ("verify", 60)])
-def test_a_slice_of_the_fuzzer(bases, tmp_path, target, cases):
-    outcomes = fuzz(target, 0, cases, bases, tmp_path)
+def assert_telling(outcomes, least):
+    """All ended well, and enough of them each way."""
     assert [each for each in outcomes if each.failed] == []
     results = [each.result for each in outcomes]
-    assert min(results.count("loaded"), results.count("refused")) > cases / 10, "mutations that prove nothing"
+    assert min(results.count("loaded"), results.count("refused")) > least, "mutations that prove nothing"
+
+
+@pytest.mark.parametrize(("target", "cases"), [("read", 300), ("verify", 60)])
+def test_a_slice_of_the_fuzzer(bases, tmp_path, target, cases):
+    assert_telling(fuzz(target, 0, cases, bases, tmp_path), cases / 10)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("target", "cases"), [("transformers", 60), ("vllm", 20)])
 def test_a_slice_of_the_fuzzer_through_the_engines(bases, tmp_path, target, cases):
-    assert [each for each in fuzz(target, 1, cases, bases, tmp_path) if each.failed] == []
+    assert_telling(fuzz(target, 1, cases, bases, tmp_path), cases / 20)
 
 
 def test_a_case_is_the_same_every_time(bases, tmp_path):
@@ -66,6 +71,17 @@ def test_the_fuzzer_notices_an_unclear_error(monkeypatch, bases, tmp_path):
 def test_the_fuzzer_notices_what_is_executed(monkeypatch, bases, tmp_path):
     outcome = spoil(monkeypatch, bases, tmp_path, lambda _: (tmp_path / "canary").mkdir())
     assert (outcome.failed, outcome.result) == (True, "EXECUTED")
+
+
+def test_the_fuzzer_notices_a_broken_matrix_on_its_way_to_the_kernels(monkeypatch, bases, tmp_path):
+    def pack(folder):
+        matrix = CheckpointReader(folder).matrix("model.layers.0.mlp.up_proj", (96, 64))
+        matrix.crow_indices[-1] += 1
+        PackedMatrix.pack(matrix)
+
+    outcome = spoil(monkeypatch, bases, tmp_path, pack)
+    assert outcome.failed
+    assert "a broken matrix reached the native kernels" in outcome.says
 
 
 def test_the_fuzzer_notices_memory(monkeypatch, bases, tmp_path):

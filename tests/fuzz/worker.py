@@ -34,6 +34,7 @@ def run_case(target: str, seed: int, case: int, bases: list[Path], work: Path, *
     """Spoil a copy of a good checkpoint and load it; a case is the same wherever and whenever it runs."""
     from tests.fuzz import base, targets
     from tests.fuzz.mutations import CANARY, mutate
+    from vllm_gqsa.format import FormatError
 
     rng = random.Random(f"{seed} {case}")
     source = bases[rng.randrange(len(bases))]
@@ -43,10 +44,11 @@ def run_case(target: str, seed: int, case: int, bases: list[Path], work: Path, *
     outcome = Outcome(case, "nothing" if case < 0 else mutate(rng, folder), "loaded")
     before = memory(reset=True)
     try:
-        targets.TARGETS[target](folder, base.shapes(source))
+        with targets.watched():
+            targets.TARGETS[target](folder, base.shapes(source))
     except targets.clean_errors(target) as error:
         outcome.result, outcome.says = "refused", f"{type(error).__name__}: {error}"
-        if "\n" in str(error) and target in ("read", "verify"):
+        if "\n" in str(error) and (target in ("read", "verify") or isinstance(error, FormatError)):
             outcome.failed, outcome.result = True, "more than one sentence"
     except Exception as error:  # noqa: BLE001 - what it is, the report says
         outcome.failed = not targets.is_hosts_own(target, error)

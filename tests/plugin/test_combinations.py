@@ -1,11 +1,11 @@
 """Rarer models and settings, each in an engine of its own: the tokens of the compressed model are those of its twin."""
 
-import sys
-from pathlib import Path
-
 import pytest
+import torch
 
 pytest.importorskip("vllm", reason="needs vLLM")
+
+from openai import OpenAI
 
 from benchmarks.demo.server import Server
 from tests.helpers import FAMILIES, MIXTURES, compress_randomly, make_dense
@@ -140,38 +140,66 @@ def test_every_family_compiled(tmp_path):
     assert_equal_pairs(made, engines(tmp_path / "run", jobs, timeout=1200))
 
 
-def test_two_ranks_with_three_heads_each_and_one_key_head_for_both(tmp_path):
-    made = make(tmp_path, hidden_size=192, num_attention_heads=6, num_key_value_heads=1)
+HEADS = {"hidden_size": 192, "num_attention_heads": 6, "num_key_value_heads": 1}
+"""For two ranks three heads each, and one key head for both."""
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "options"),
+    [
+        ("llama", HEADS, {}),
+        ("qwen2", HEADS, {"enforce_eager": False}),  # with biases, and compiled
+        ("opt", {}, {}),
+    ],
+)
+def test_two_ranks(tmp_path, family, changes, options):
+    made = make(tmp_path, family, **changes)
     (one,) = engines(tmp_path / "one", both(made)[:1])
-    jobs = [{**both(made)[1], "options": {"tensor_parallel_size": 2}}]
+    jobs = [{**both(made)[1], "options": {"tensor_parallel_size": 2, **options}}]
     (two,) = engines(tmp_path / "two", jobs, own_process=True)
     assert two.get("tokens") == one["tokens"], two
 
 
-def test_server_streams_chats_and_keeps_to_a_schema(tmp_path):
-    from openai import OpenAI
+def servers(made, folder, *options):
+    """A client of a server of the twin, then one of the checkpoint, and the name of the model."""
+    for model in (made.twin, made.checkpoint):
+        settings = ("--dtype", "float32", "--max-model-len", "128")
+        with Server.vllm(model, folder / f"{model.name}.log", print, *settings, *options) as server:
+            yield OpenAI(base_url=f"{server.url}/v1", api_key="none"), str(model)
 
+
+def test_server_of_embeddings(tmp_path):
     made = make(tmp_path)
     answers = []
-    for folder in (made.twin, made.checkpoint):
-        name = str(folder)
-        options = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "128", "--max-num-seqs", "4"]
-        command = [str(Path(sys.executable).with_name("vllm")), "serve", name, *options]
-        with Server(command, tmp_path / f"{folder.name}.log", print) as server:
-            client = OpenAI(base_url=f"{server.url}/v1", api_key="none")
-            common = {"model": name, "max_tokens": 12, "temperature": 0}
-            stream = client.completions.create(
-                prompt=[5, 17, 33], stream=True, extra_body={"ignore_eos": True}, **common
-            )
-            pieces = [event.choices[0].text for event in stream if event.choices]
-            messages = [{"role": "user", "content": "abc"}]
-            chat = client.chat.completions.create(messages=messages, extra_body={"ignore_eos": True}, **common)
-            choice = client.chat.completions.create(
-                messages=messages, extra_body={"structured_outputs": {"choice": ["yes", "no"]}}, **common
-            )
+    for client, name in servers(made, tmp_path, "--runner", "pooling", "--convert", "embed"):
+        found = client.embeddings.create(model=name, input=PROMPTS, encoding_format="float")
+        asked = {"model": name, "input": PROMPTS, "encoding_format": "float"}
+        pooled = client.post("../pooling", body=asked, cast_to=dict)
+        answers.append([[each.embedding for each in found.data], [each["data"] for each in pooled["data"]]])
+    for ours, twins in zip(answers[1], answers[0], strict=True):
+        assert len(twins) == len(PROMPTS)
+        for found, expected in zip(ours, twins, strict=True):
+            assert torch.allclose(torch.tensor(found), torch.tensor(expected), atol=1e-5)
+    assert len({tuple(vector) for vector in answers[0][0]}) == len(PROMPTS)
+
+
+def test_server_streams_chats_and_keeps_to_a_schema(tmp_path):
+    made = make(tmp_path)
+    answers = []
+    for client, name in servers(made, tmp_path):
+        common = {"model": name, "max_tokens": 12, "temperature": 0}
+        stream = client.completions.create(prompt=[5, 17, 33], stream=True, extra_body={"ignore_eos": True}, **common)
+        pieces = [event.choices[0].text for event in stream if event.choices]
+        messages = [{"role": "user", "content": "abc"}]
+        chat = client.chat.completions.create(messages=messages, extra_body={"ignore_eos": True}, **common)
+        choice = client.chat.completions.create(
+            messages=messages, extra_body={"structured_outputs": {"choice": ["yes", "no"]}}, **common
+        )
         # How many tokens come with one event depends on the moment.
         assert len(pieces) > 1
         answers.append(["".join(pieces), chat.choices[0].message.content, choice.choices[0].message.content])
     twin, compressed = answers
     assert compressed == twin
+    said = [(tmp_path / f"{each.name}.log").read_text().count("GQSA: ") for each in (made.twin, made.checkpoint)]
+    assert said == [0, 1], "one line when a checkpoint was loaded"
     assert compressed[2] in {"yes", "no"}

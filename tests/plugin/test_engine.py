@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 pytest.importorskip("vllm", reason="needs vLLM")
 
@@ -35,7 +36,7 @@ ENVIRONMENT = {
 
 
 def engines(folder, jobs, *, own_process=False, timeout=600, **environment):
-    """Run jobs one after another in one process; see engine.py."""
+    """Run jobs one after another in one process; see engine.py. What it prints is in the file ``log``."""
     folder.mkdir(exist_ok=True)
     (folder / "jobs.json").write_text(json.dumps(jobs))
     env = {**ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "1" if own_process else "0", **environment}
@@ -47,6 +48,7 @@ def engines(folder, jobs, *, own_process=False, timeout=600, **environment):
         text=True,
         check=False,
     )
+    (folder / "log").write_text(done.stdout + done.stderr)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
     return json.loads((folder / "results.json").read_text())
 
@@ -80,13 +82,16 @@ def served(llama, tied, tmp_path_factory):
     broken = [shutil.copytree(other.checkpoint, folder / spoil.__name__) for spoil in (missing_module, wrong_dtype)]
     missing_module(broken[0])
     wrong_dtype(broken[1])
+    pickled = shutil.copytree(llama.twin, folder / "pickled")
+    torch.save(load_file(pickled / "model.safetensors"), pickled / "pytorch_model.bin")
+    (pickled / "model.safetensors").unlink()
     jobs = [
         {"model": str(llama.twin), "prompts": PROMPTS},
         {"model": str(other.twin), "prompts": PROMPTS},
         {
             "model": str(llama.checkpoint),
             "prompts": PROMPTS,
-            "reload": [str(each) for each in (*broken, other.checkpoint, *broken, llama.checkpoint)],
+            "reload": [str(each) for each in (*broken, other.checkpoint, *broken, llama.checkpoint, pickled)],
             "options": {"quantization": "gqsa"},
         },
         {"model": str(llama.checkpoint), "prompts": PROMPTS, "options": {"load_format": "dummy"}},
@@ -111,6 +116,10 @@ def test_reloads_that_fail_end_in_one_sentence(served):
     for at in (0, 3):
         assert f"{UP}.* missing from the checkpoint" in served[2]["after"][at]
         assert f"{UP}: qweight is torch.int32" in served[2]["after"][at + 1]
+
+
+def test_a_reload_reads_no_pickle(served):
+    assert "Cannot find any model weights" in served[2]["after"][6]
 
 
 def test_dummy_weights_run(served):
@@ -140,8 +149,11 @@ def test_every_family_equals_its_twin(families, family):
 def test_two_ranks_equal_one(served, llama, tmp_path):
     # Two KV heads on two ranks, and every row-parallel layer cut in two.
     jobs = [{"model": str(llama.checkpoint), "prompts": PROMPTS, "options": {"tensor_parallel_size": 2}}]
-    (result,) = engines(tmp_path / "two", jobs, own_process=True)
+    (result,) = engines(tmp_path / "two", jobs, own_process=True, VLLM_LOGGING_LEVEL="INFO")
     assert result.get("tokens") == served[0]["tokens"], result
+    said = [line for line in (tmp_path / "two" / "log").read_text().splitlines() if "GQSA: " in line]
+    assert len(said) == 2, "a line of each rank"
+    assert all("14 modules in 8 layers" in line and "this rank keeps" in line for line in said)
 
 
 # -- a compressed output head ----------------------------------------------------------------------------------
@@ -223,8 +235,6 @@ def truncated(folder):
 
 
 def wrong_dtype(folder):
-    from safetensors.torch import load_file
-
     wide = load_file(folder / "model.safetensors")[f"{UP}.qweight"].int()
     edit_tensors(folder, **{f"{UP}.qweight": wide})
 

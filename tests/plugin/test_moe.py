@@ -13,6 +13,7 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from tests.helpers import random_matrix
 from tests.plugin.layers import config_for
 from vllm_gqsa.format import FormatError
+from vllm_gqsa.kernels import moe
 from vllm_gqsa.plugin.moe import GqsaMoEMethod, expert_names
 
 EXPERTS, TOP, K, WIDE = 4, 2, 64, 96
@@ -101,6 +102,27 @@ def test_one_rank(tokens):
     layer = loaded(0, 1)
     routing = routed(tokens)
     assert_close(layer.quant_method.apply(layer, *routing), routing)
+
+
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_by_torch(tokens, monkeypatch):
+    """As without a compiler, and, for every expert and all tokens, as on a GPU."""
+    monkeypatch.setattr("vllm_gqsa.kernels.native.available", lambda: False)
+    layer, routing = loaded(0, 1), routed(tokens)
+    assert layer.quant_method._matrices[0].arguments(layer)[1] == "checkpoint"
+    assert_close(layer.quant_method.apply(layer, *routing), routing)
+    monkeypatch.setattr("vllm_gqsa.kernels.moe._chosen", moe._everywhere)
+    assert_close(layer.quant_method.apply(layer, *routing), routing)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_opcheck(native, monkeypatch):
+    if not native:
+        monkeypatch.setattr("vllm_gqsa.kernels.native.available", lambda: False)
+    layer = loaded(0, 1)
+    gate_up, down = layer.quant_method._matrices
+    arguments = (*routed(3), gate_up.arguments(layer)[0], *down.arguments(layer), [16, 8], "silu")
+    torch.library.opcheck(torch.ops.gqsa.moe.default, arguments)
 
 
 @pytest.mark.parametrize("size", [2, 3, 6])

@@ -138,6 +138,10 @@ def test_untested_versions_warn(version, warns, monkeypatch, caplog):
     monkeypatch.setattr(vllm, "__version__", version)
     registration._warn_if_untested()
     assert (f"this is {version} and may or may not work" in caplog.text) == warns
+    caplog.clear()
+    monkeypatch.setattr("multiprocessing.parent_process", lambda: "vLLM's first process")
+    registration._warn_if_untested()
+    assert not caplog.text
 
 
 def test_version_is_the_distribution_version():

@@ -7,7 +7,7 @@ pytest.importorskip("vllm", reason="needs vLLM")
 
 from tests.helpers import quantization, random_matrix
 from vllm_gqsa.format import GqsaConfig
-from vllm_gqsa.kernels.choice import check_environment, choose
+from vllm_gqsa.kernels.choice import check_environment, choose, choose_for_experts
 from vllm_gqsa.plugin import report
 from vllm_gqsa.plugin.config import GqsaQuantizationConfig
 from vllm_gqsa.plugin.shards import Shard, ShardPlan, Sources
@@ -28,7 +28,7 @@ def plan(name, matrix, start, stop):
 
 def load(counts, name, matrix, start, stop):
     counts.take(plan(name, matrix, start, stop), matrix.slice_rows(start, stop))
-    counts.done(plan(name, matrix, start, stop), "cpu", torch.float32)
+    counts.done(plan(name, matrix, start, stop), choose("cpu", torch.float32, matrix.group_size))
 
 
 def test_one_line_when_the_last_layer_is_there_and_again_after_a_reload(said):
@@ -61,8 +61,19 @@ def test_a_kernel_for_each_group_size(said):
     counts = report.LoadReport({("a",), ("b",)})
     for name, size in (("a", 32), ("b", 8)):
         load(counts, name, random_matrix(64, 128, size), 0, 64)
-    kernels = [str(choose("cpu", torch.float32, size)) for size in (8, 32)]
+    kernels = [str(choose("cpu", torch.float32, size)) for size in (32, 8)]
     assert said[0].endswith("kernel: " + ", ".join(dict.fromkeys(kernels)))
+
+
+def test_a_warning_where_torch_computes(said, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(report._logger, "warning", lambda text, *values: warnings.append(text % values))
+    counts, matrix = report.LoadReport({("a",), ("b",)}), random_matrix(64, 128)
+    for name, kernel in (("a", choose), ("b", choose_for_experts)):
+        counts.take(plan(name, matrix, 0, 64), matrix)
+        counts.done(plan(name, matrix, 0, 64), kernel("tpu" if name == "b" else "cpu", torch.float32, 16))
+    assert "torch reference (experts have no kernel for tpu: each is computed for all tokens)" in said[0]
+    assert [text for text in warnings if "experts" in text] == warnings[-1:]
 
 
 def test_the_kernel_and_why(monkeypatch):

@@ -67,7 +67,7 @@ class GqsaConfig(BaseModel):
     sparsity: float = Field(ge=0, lt=1)
     """Share of groups that was asked to be pruned; the exact counts are in ``modules``."""
     pattern: str
-    """Scope the mask was chosen in: ``row``, ``matrix`` or ``n:m``. A hint: any valid mask is accepted."""
+    """Scope the mask was chosen in: ``row``, ``matrix``, ``model`` or ``n:m``. A hint: any valid mask is accepted."""
     ignore: tuple[str, ...] = ()
     """Modules left dense: exact names, or ``re:`` and a regular expression (of RE2) that matches from the start."""
     modules: dict[str, ModuleEntry]

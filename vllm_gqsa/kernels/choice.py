@@ -8,7 +8,7 @@ import torch
 
 from vllm_gqsa.kernels import cpu, cuda, native
 
-__all__ = ["Choice", "check_environment", "choose"]
+__all__ = ["Choice", "check_environment", "choose", "choose_for_experts"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,15 @@ def choose(device: str, dtype: torch.dtype, group_size: int) -> Choice:
     """
     unknown = Choice("torch reference", f"there is no kernel for {device}", native=False)
     return _CHOICES.get(device, lambda *_: unknown)(dtype, group_size)
+
+
+def choose_for_experts(device: str, dtype: torch.dtype, group_size: int) -> Choice:
+    """As :func:`choose`, for the routed experts of a mixture."""
+    if device == "cpu":
+        return choose(device, dtype, group_size)
+    return Choice(
+        "torch reference", f"experts have no kernel for {device}: each is computed for all tokens", native=False
+    )
 
 
 def _on_cpu(dtype: torch.dtype, group_size: int) -> Choice:

@@ -119,8 +119,8 @@ def choose_kernel(dtype: torch.dtype, group_size: int, activations: str = "") ->
 class PackedMatrix:
     """A :class:`GroupSparseMatrix` with its codes in the order of the CPU kernels; all else is as it was.
 
-    The order is a permutation of the bytes of ``qweight`` within blocks of 64: see csrc/cpu/kernel.h. The op
-    ``gqsa::linear`` tells the two apart by the dtype of ``qweight``.
+    The order is a permutation of the bytes of ``qweight`` within blocks of 64: see csrc/cpu/kernel.h. Ops
+    are told the order by its name, see :mod:`vllm_gqsa.kernels.layouts`.
 
     Attributes:
         crow_indices: int32 ``[N + 1]``.

@@ -51,31 +51,34 @@ def _moe(
     second = rebuild(down, layout, width, group_sizes[1])
     tokens = x.reshape(-1, hidden)
     out = torch.zeros(tokens.shape, dtype=torch.float32, device=x.device)
-    for expert, chosen, weights in _assignments(topk_ids, topk_weights.float(), experts):
+    assignments = _chosen if x.device.type == "cpu" else _everywhere
+    for expert, chosen, weights in assignments(topk_ids, topk_weights.float(), experts):
         gate, up = _expert(tokens[chosen], first, expert, 2 * width).chunk(2, dim=-1)
         result = _expert(ACTIVATIONS[activation](gate) * up, second, expert, hidden)
         out[chosen] += result.float() * weights[:, None]
     return out.to(x.dtype).view(x.shape)
 
 
-def _assignments(
-    topk_ids: torch.Tensor, topk_weights: torch.Tensor, experts: int
-) -> Iterator[tuple[int, torch.Tensor | slice, torch.Tensor]]:
-    """Expert, which tokens it works on, and with which weights ``[tokens]``.
+_Assignments = Iterator[tuple[int, torch.Tensor | slice, torch.Tensor]]
+"""Expert, which tokens it works on, and with which weights ``[tokens]``."""
 
-    On a CPU only the experts that were chosen, with their tokens. Elsewhere every expert with all tokens, most of them
-    weighted by 0: the host does not wait for the device to tell who was chosen, which captured graphs demand.
-    """
-    if topk_ids.device.type != "cpu":
-        for expert in range(experts):
-            yield expert, slice(None), topk_weights.where(topk_ids == expert, 0).sum(1)
-        return
+
+def _chosen(topk_ids: torch.Tensor, topk_weights: torch.Tensor, experts: int) -> _Assignments:
+    """Only the experts that were chosen, with their tokens."""
     flat = topk_ids.flatten()
     order = flat.argsort(stable=True)
     order = order[int((flat < 0).sum()) :]  # experts of other ranks
     for part in order.split(torch.bincount(flat[order], minlength=experts).tolist()):
         if part.numel():
             yield int(flat[part[0]]), part // topk_ids.shape[1], topk_weights.flatten()[part]
+
+
+def _everywhere(topk_ids: torch.Tensor, topk_weights: torch.Tensor, experts: int) -> _Assignments:
+    """Every expert with all tokens, most of them weighted by 0, where the host must not wait for the device to tell
+    who was chosen: captured graphs demand that.
+    """
+    for expert in range(experts):
+        yield expert, slice(None), topk_weights.where(topk_ids == expert, 0).sum(1)
 
 
 def _expert(x: torch.Tensor, stack: Matrix, expert: int, rows: int) -> torch.Tensor:

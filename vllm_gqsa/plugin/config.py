@@ -43,8 +43,9 @@ class GqsaQuantizationConfig(QuantizationConfig):
         self._asked: set[str] = set()
         """Compressed vocabularies that the model under construction asked a method for."""
         self._methods: list[Any] = []
-        self._weights: weakref.ref[Any] | None = None
         """The methods that were handed out."""
+        self._weights: weakref.ref[Any] | None = None
+        """The stream of weights that was loaded last."""
         self._report = LoadReport()
 
     def __repr__(self) -> str:

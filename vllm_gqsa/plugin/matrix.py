@@ -7,6 +7,7 @@ from vllm.config import get_current_vllm_config
 
 from vllm_gqsa import kernels
 from vllm_gqsa.format import TENSORS, FormatError, GroupSparseMatrix
+from vllm_gqsa.kernels.choice import Choice, choose
 from vllm_gqsa.plugin.loading import Placeholder, Staging, load_piece
 from vllm_gqsa.plugin.report import LoadReport
 from vllm_gqsa.plugin.shards import ShardPlan
@@ -15,6 +16,7 @@ __all__ = ["LayerMatrix", "process"]
 
 _DUMMY_SEED = 0
 _PICKLED = ("npcache", "pt")
+_PICKLED_IF_NEED_BE = ("auto", "hf")
 
 
 class LayerMatrix:
@@ -29,6 +31,7 @@ class LayerMatrix:
         prefix: str = "",
         loader: Callable[..., object] = load_piece,
         prepare: Callable[[GroupSparseMatrix, torch.device], kernels.Matrix] = kernels.prepare,
+        choice: Callable[[str, torch.dtype, int], Choice] = choose,
     ) -> None:
         """Register empty placeholders; the sizes are in the checkpoint.
 
@@ -40,20 +43,24 @@ class LayerMatrix:
             prefix: in front of the names of the four parameters, where a layer has several matrices.
             loader: what vLLM calls with each tensor of the checkpoint.
             prepare: lays the matrix out for its kernel, on a device.
+            choice: which kernel that is, by type of device, dtype and group size.
 
         Raises:
             ValueError: vLLM was told to read pickles.
         """
-        load_format = get_current_vllm_config().load_config.load_format
+        load_config = get_current_vllm_config().load_config
+        load_format = load_config.load_format
         if load_format in _PICKLED:
             raise ValueError(f"--load-format {load_format} reads pickles; a GQSA checkpoint is made of safetensors")
+        if load_format in _PICKLED_IF_NEED_BE:  # now, in a folder of the hub or in a later reload
+            load_config.load_format = "safetensors"
         self.plan = plan
         self.staging = Staging(plan)
         self._sparsity = sparsity
         self._report = report
         self._dtype = torch.get_default_dtype()  # the model's, while vLLM builds it
         report.expect(plan.sources.names)
-        self._prepare = prepare
+        self._prepare, self._choice = prepare, choice
         self._prefix = prefix
         self._dummy = load_format == "dummy"
         self._layout = ""
@@ -97,7 +104,7 @@ class LayerMatrix:
         self._layout = kernels.layout_of(prepared)
         self._shapes = {name: tensor.shape for name, tensor in prepared.tensors().items()}
         self.staging.loaded = True
-        self._report.done(self.plan, self._device(layer).type, self._dtype)
+        self._report.done(self.plan, self._choice(self._device(layer).type, self._dtype, self.plan.group_size))
 
     def to_dense(self, layer: torch.nn.Module, dtype: torch.dtype) -> torch.Tensor:
         """The dense weight ``[N, K]`` of this rank, also between loading and processing.

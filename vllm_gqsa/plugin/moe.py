@@ -9,6 +9,7 @@ from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
 from vllm.platforms import current_platform
 
 from vllm_gqsa.format import GqsaConfig, is_ignored
+from vllm_gqsa.kernels.choice import choose_for_experts
 from vllm_gqsa.kernels.moe import ACTIVATIONS, prepare
 from vllm_gqsa.plugin.loading import load_expert_piece
 from vllm_gqsa.plugin.matrix import LayerMatrix, process
@@ -103,7 +104,9 @@ class GqsaMoEMethod(FusedMoEMethodBase):
         check_columns(name, hidden_size, 1, gate_up.group_size)
         check_columns(name, width * size, size, down.group_size)
         self._matrices = [
-            LayerMatrix(layer, plan, self.config.sparsity, self._report, prefix, load_expert_piece, prepare)
+            LayerMatrix(
+                layer, plan, self.config.sparsity, self._report, prefix, load_expert_piece, prepare, choose_for_experts
+            )
             for plan, prefix in ((gate_up, "w13_"), (down, "w2_"))
         ]
 

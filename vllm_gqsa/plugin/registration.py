@@ -2,13 +2,14 @@
 
 import importlib
 import logging
+import multiprocessing
 import re
 from typing import Any
 
-__all__ = ["TESTED", "register"]
+__all__ = ["register", "tested_with"]
 
-TESTED = ((0, 29), (0, 32))
-"""The vLLM versions that this package is tested with; see docs/compatibility.md."""
+_TESTED = ((0, 29), (0, 32))
+"""See docs/compatibility.md."""
 
 logger = logging.getLogger(__name__)
 
@@ -41,11 +42,17 @@ def register() -> None:
         logger.warning("vllm-gqsa could not ask the kernel for AMX; bfloat16 may crash on this CPU", exc_info=True)
 
 
+def tested_with(version: str) -> bool:
+    """Whether this package is tested with a version of vLLM."""
+    match = re.match(r"(\d+)\.(\d+)", version)
+    return match is not None and (int(match[1]), int(match[2])) in _TESTED
+
+
 def _warn_if_untested() -> None:
     version = str(getattr(importlib.import_module("vllm"), "__version__", "unknown"))
-    match = re.match(r"(\d+)\.(\d+)", version)
-    if match is None or (int(match[1]), int(match[2])) not in TESTED:
-        tested = " and ".join(f"{major}.{minor}" for major, minor in TESTED)
+    # Those that vLLM starts register too; once is enough.
+    if multiprocessing.parent_process() is None and not tested_with(version):
+        tested = " and ".join(f"{major}.{minor}" for major, minor in _TESTED)
         logger.warning("vllm-gqsa is tested with vLLM %s; this is %s and may or may not work", tested, version)
 
 

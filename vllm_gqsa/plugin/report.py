@@ -2,11 +2,10 @@
 
 from dataclasses import dataclass, field
 
-import torch
 from vllm.logger import init_logger
 
 from vllm_gqsa.format import GroupSparseMatrix
-from vllm_gqsa.kernels.choice import choose
+from vllm_gqsa.kernels.choice import Choice
 from vllm_gqsa.plugin.shards import ShardPlan
 
 __all__ = ["LoadReport"]
@@ -34,8 +33,8 @@ class LoadReport:
     expected: set[tuple[str, ...]] = field(default_factory=set)
     """The layers that the model was built of, by the matrices on disk; a head that is tied counts once."""
     _layers: dict[tuple[str, ...], _Layer] = field(default_factory=dict)
-    _done: dict[tuple[str, ...], int] = field(default_factory=dict)
-    """Group sizes of the layers that are in place."""
+    _done: dict[tuple[str, ...], Choice] = field(default_factory=dict)
+    """The kernels of the layers that are in place."""
 
     def expect(self, names: tuple[str, ...]) -> None:
         """A layer was built that will be loaded from the matrices ``names``."""
@@ -54,12 +53,14 @@ class LoadReport:
             even=sum(plan.sources.nnz) * kept_rows * plan.columns / (rows * plan.in_features),
         )
 
-    def done(self, plan: ShardPlan, device: str, dtype: torch.dtype) -> None:
-        """The layer is in place; says all of it where it was the last one."""
-        self._done[plan.sources.names] = plan.group_size
+    def done(self, plan: ShardPlan, kernel: Choice) -> None:
+        """The layer is in place; says all of it where it was the last one, with a warning where torch will be slow."""
+        self._done[plan.sources.names] = kernel
         if self.expected <= self._done.keys():
-            kernels = [str(choose(device, dtype, size)) for size in sorted(set(self._done.values()))]
-            _logger.info("%s; kernel: %s", self.text(), ", ".join(dict.fromkeys(kernels)))
+            kernels = dict.fromkeys(self._done.values())
+            _logger.info("%s; kernel: %s", self.text(), ", ".join(map(str, kernels)))
+            for slow in (each for each in kernels if not each.native):
+                _logger.warning("GQSA: some layers are computed by torch, slowly: %s", slow.why)
             self._layers.clear()  # a reload starts anew
             self._done.clear()
 
