@@ -14,16 +14,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.fuzz.worker import Outcome, as_outcome, run_case, serve
+from tests.fuzz.worker import ENVIRONMENT, Outcome, as_outcome, run_case, serve
 
 CASES = {"read": 5000, "verify": 500, "transformers": 300, "vllm": 120}
 SECONDS = {"read": 10.0, "verify": 20.0, "transformers": 30.0, "vllm": 120.0}
 START_SECONDS = 300.0
-ENVIRONMENT = {
-    "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false",
-    "OMP_NUM_THREADS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_CPU_KVCACHE_SPACE": "1",
-}  # fmt: skip
 
 
 def fuzz(target: str, seed: int, cases: int, bases: list[Path], work: Path, *, quiet: bool = True) -> list[Outcome]:

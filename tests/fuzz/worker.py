@@ -11,6 +11,11 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false",
+    "OMP_NUM_THREADS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_CPU_KVCACHE_SPACE": "1",
+}  # fmt: skip
 ADDRESS_SPACE = 12 << 30
 """More than any case needs, and less than would take the machine down."""
 MEMORY = {"read": 64 << 20, "verify": 64 << 20, "transformers": 128 << 20, "vllm": 256 << 20}
@@ -78,6 +83,7 @@ def serve(connection: Connection, target: str, seed: int, bases: list[Path], wor
         sink = os.open(work / f"{target}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(sink, 1)
         os.dup2(sink, 2)
+    os.environ.update(ENVIRONMENT)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
     import torch

@@ -21,9 +21,11 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _BLOCK_BYTES = 64
 """Bytes of codes in a block of the layout, see csrc/cpu/kernel.h."""
 
-_DENSE_FROM = {"portable": 2, "avx2": 8, "avx512": math.inf, "avx512_bf16": 16, "avx512_vnni": 16}
+_DENSE_FROM = {"portable": 2, "avx2": 8}
+_DENSE_FROM_BFLOAT16 = {"avx512": 8, "avx512_bf16": 16, "avx512_vnni": 16}
 """Tokens times the share of kept groups from which expanding the weight and multiplying by it with oneDNN is faster
-than each kernel; measured at 4096 x 4096 and SmolLM2's shapes. In float32 oneDNN never was: it does twice the work."""
+than each kernel; the second where the processor multiplies bfloat16 itself. Measured at 4096 x 4096 and SmolLM2's
+shapes. Against AVX-512 oneDNN never was faster in float32, where it does twice the work, nor in float16."""
 
 _CHUNK_BYTES = 1 << 20
 """Dense weight expanded at a time; it should stay in the second-level cache until it is multiplied."""
@@ -113,6 +115,13 @@ def choose_kernel(dtype: torch.dtype, group_size: int, activations: str = "") ->
     if dtype == torch.bfloat16 and "avx512_bf16" in names and group_size >= 16:
         return "avx512_bf16"
     return next(name for name in ("avx512", "avx2", "portable") if name in names)
+
+
+@functools.cache
+def _dense_from(kernel: str, dtype: torch.dtype) -> float:
+    if dtype == torch.bfloat16 and "avx512_bf16" in kernels():
+        return _DENSE_FROM_BFLOAT16.get(kernel, _DENSE_FROM.get(kernel, math.inf))
+    return _DENSE_FROM.get(kernel, math.inf)
 
 
 @dataclass(frozen=True, eq=False)
@@ -248,7 +257,7 @@ def linear_cpu(
     invariant = kernel is not None or os.environ.get("VLLM_BATCH_INVARIANT") == "1"
     if kept is None:
         kept = weight.scale_zero.shape[0] * weight.group_size / (rows * weight.in_features)
-    if tokens * kept >= _DENSE_FROM[chosen] and not invariant:
+    if tokens * kept >= _dense_from(chosen, x.dtype) and not invariant:
         out = _linear_dense(flat, weight, bias, chosen)
     else:
         if flat.stride(-1) != 1:

@@ -87,9 +87,9 @@ class LayerMatrix:
             return None
         try:
             matrix = self._staged()
-            prepared = self._prepare(matrix, self._device(layer))
         finally:
-            self.staging.clear()
+            self.staging.clear()  # now, so that there are never more than two copies
+        prepared = self._prepare(matrix, self._device(layer))
         self._check_shapes(prepared)
         self._report.take(self.plan, matrix)
         return prepared
