@@ -15,9 +15,9 @@ ROOT = Path(__file__).parents[1]
 CHECK = """
 import sys
 import vllm_gqsa, vllm_gqsa.offline.cli
-from vllm_gqsa.kernels import native
+from vllm_gqsa.kernels import cuda, native
 assert vllm_gqsa.__file__.startswith(sys.prefix), vllm_gqsa.__file__
-print(vllm_gqsa.__version__, native.available())
+print(vllm_gqsa.__version__, native.available(), cuda.available())
 """
 pytestmark = pytest.mark.slow
 
@@ -44,6 +44,8 @@ def test_it_installs_into_a_fresh_environment(dist, tmp_path, kind):
     install = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", file]
     subprocess.run(install, check=True, env=env, cwd=tmp_path)
     done = subprocess.run([python, "-c", CHECK], check=True, env=env, cwd=tmp_path, capture_output=True, text=True)
-    assert done.stdout.split() == [vllm_gqsa.__version__, str(shutil.which("g++") is not None)]
+    compilers = ("g++",), ("nvcc", "/usr/local/cuda/bin/nvcc", f"{os.environ.get('CUDA_HOME')}/bin/nvcc")
+    built = [str(any(map(shutil.which, names))) for names in compilers]
+    assert done.stdout.split() == [vllm_gqsa.__version__, *built]
     gqsa = [python.with_name("gqsa"), "--help"]
     assert "doctor" in subprocess.run(gqsa, check=True, env=env, capture_output=True, text=True).stdout
