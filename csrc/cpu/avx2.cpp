@@ -77,7 +77,7 @@ struct Multiply {
 
 void multiply(const Call& call, int64_t begin, int64_t end, uint32_t* offsets) {
     for_group_size(call.weight.group_size, [&](auto size) {
-        for_rows<Multiply, size>(call, begin, end, offsets, sizeof(float), AppendOffsets<size>{});
+        for_rows<Multiply, size>(call, begin, end, offsets, sizeof(float), AppendOffsetsAvx<size>{});
     });
 }
 

@@ -64,39 +64,6 @@ inline __m512 scales_of(__m256i scale_zero) {
     return _mm512_cvtph_ps(_mm256_srli_epi16(bits, 1));
 }
 
-// Twin of AppendOffsets, 16 groups at a time.
-template <int G>
-struct AppendOffsets512 {
-    GQSA_INLINE uint32_t* operator()(const Weight& weight, int64_t row, uint32_t stride, uint32_t* out) const {
-        constexpr int parts = units_per_group(G);
-        const uint8_t* mask = weight.group_mask + row * weight.mask_stride;
-        const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-        const __m512i unit = _mm512_set1_epi32(static_cast<int>(stride));
-        const __m512i step = _mm512_set1_epi32(static_cast<int>(stride * 16 * parts));
-        __m512i offset = _mm512_mullo_epi32(lane, _mm512_set1_epi32(static_cast<int>(stride * parts)));
-        for (int64_t byte = 0; byte < weight.mask_stride; byte += 2) {
-            uint32_t bits = mask[byte];
-            if (byte + 1 < weight.mask_stride) bits |= uint32_t{mask[byte + 1]} << 8;
-            const __m512i kept = _mm512_maskz_compress_epi32(static_cast<__mmask16>(bits), offset);
-            const int count = __builtin_popcount(bits) * parts;
-            if constexpr (parts == 1) {
-                _mm512_storeu_si512(out, kept);
-            } else {
-                for (int at = 0; at < count; at += 16) {
-                    const __m512i each = _mm512_add_epi32(lane, _mm512_set1_epi32(at));
-                    const __m512i group = _mm512_srli_epi32(each, parts == 2 ? 1 : parts == 4 ? 2 : 3);
-                    const __m512i part = _mm512_and_si512(each, _mm512_set1_epi32(parts - 1));
-                    const __m512i first = _mm512_permutexvar_epi32(group, kept);
-                    _mm512_storeu_si512(out + at, _mm512_add_epi32(first, _mm512_mullo_epi32(part, unit)));
-                }
-            }
-            out += count;
-            offset = _mm512_add_epi32(offset, step);
-        }
-        return out;
-    }
-};
-
 inline float add_up(__m512 a, __m512 b) {
     const __m512 both = _mm512_add_ps(a, b);
     return add_up(_mm256_add_ps(_mm512_castps512_ps256(both), _mm512_extractf32x8_ps(both, 1)));
@@ -145,7 +112,7 @@ inline void dequantize_rows_512(const Weight& weight, int64_t begin, int64_t end
         std::memset(out, 0, static_cast<size_t>(row_size));
         const Row row{int64_t{weight.crow_indices[r]} * parts, int64_t{weight.crow_indices[r + 1]} * parts,
                       scratch};
-        AppendOffsets512<G>{}(weight, r, unit_size(G) * element, scratch + (row.begin & 15));
+        AppendOffsetsAvx<G>{}(weight, r, unit_size(G) * element, scratch + (row.begin & 15));
         for_chunks(row, [&](auto whole, int64_t chunk, const uint32_t* offsets) GQSA_INLINE_LAMBDA {
             alignas(64) float scales[16], zeros[16];
             const __m256i scale_zero = load_scale_zero<G, whole, 1>(weight, chunk, row);

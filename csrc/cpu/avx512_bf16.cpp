@@ -127,7 +127,7 @@ struct Multiply {
 
 void multiply(const Call& call, int64_t begin, int64_t end, uint32_t* offsets) {
     for_group_size(call.weight.group_size, [&](auto size) {
-        if constexpr (size >= 16) for_rows<Multiply, size>(call, begin, end, offsets, 2, AppendOffsets512<size>{});
+        if constexpr (size >= 16) for_rows<Multiply, size>(call, begin, end, offsets, 2, AppendOffsetsAvx<size>{});
     });
 }
 

@@ -19,9 +19,8 @@ enum class Operand : int32_t { float32, bfloat16, int8 };  // what the activatio
 
 constexpr int kMaxTokens = 16;   // tokens a call of Kernel::multiply, at most
 constexpr int kTokenBlock = 8;   // tokens whose sums are kept in registers at a time, at most
-// Numbers in the offsets of a row: its units, up to 15 before and 16 after them, and room for the last vectors to be
-// stored.
-constexpr int64_t offsets_size(int64_t in_features) { return in_features / 8 + 31 + 128; }
+// Numbers in the offsets of a row: its units, up to 15 before and 16 after them, and up to 64 that are written too many.
+constexpr int64_t offsets_size(int64_t in_features) { return in_features / 8 + 31 + 64; }
 
 struct Weight {
     const int32_t* crow_indices;   // [rows + 1]

@@ -17,17 +17,39 @@ constexpr int unit_size(int group_size) { return group_size < 16 ? group_size : 
 
 inline int lowest_bit(uint32_t bits) { return __builtin_ctz(bits); }
 
-// Where the activations of each unit of a row are, in bytes from Call::x, appended to `out`.
+// The set bits of every byte, the lowest first.
+struct SetBits {
+    alignas(8) uint8_t of[256][8];
+};
+
+constexpr SetBits set_bits() {
+    SetBits bits{};
+    for (int byte = 0; byte < 256; ++byte) {
+        int count = 0;
+        for (uint8_t bit = 0; bit < 8; ++bit) {
+            if (byte >> bit & 1) bits.of[byte][count++] = bit;
+        }
+    }
+    return bits;
+}
+
+constexpr SetBits kSetBits = set_bits();
+
+// Appends to `out` where the activations of each unit of a row are, in bytes from Call::x. Eight groups at a time and
+// without a branch, since which are kept is hard to foretell: up to 8 * units_per_group(G) numbers too many are written.
 template <int G>
 struct AppendOffsets {
     GQSA_INLINE uint32_t* operator()(const Weight& weight, int64_t row, uint32_t stride, uint32_t* out) const {
         constexpr int parts = units_per_group(G);
         const uint8_t* mask = weight.group_mask + row * weight.mask_stride;
         for (int64_t byte = 0; byte < weight.mask_stride; ++byte) {
-            for (uint32_t bits = mask[byte]; bits; bits &= bits - 1) {
-                const uint32_t first = (static_cast<uint32_t>(byte) * 8 + lowest_bit(bits)) * parts * stride;
-                for (int part = 0; part < parts; ++part) *out++ = first + part * stride;
+            const uint8_t* set = kSetBits.of[mask[byte]];
+            const uint32_t first = static_cast<uint32_t>(byte) * 8 * parts * stride;
+            for (int i = 0; i < 8; ++i) {
+                const uint32_t group = first + set[i] * parts * stride;
+                for (int part = 0; part < parts; ++part) out[i * parts + part] = group + part * stride;
             }
+            out += __builtin_popcount(mask[byte]) * parts;
         }
         return out;
     }
