@@ -458,7 +458,7 @@ def test_targets_are_judged(document):
     assert judged["M = 1, 4096 x 4096: times as fast as torch bf16"] == (3.0, 2.0)
     assert judged["M = 1, 4096 x 4096: share of the read bandwidth"] == (0.7, 0.75)
     assert judged["M = 1, 14336 x 4096: times as fast as vLLM INT4"] == (1.3, None)
-    assert judged["1B shape in vLLM, one request: times the tokens/s of dense bf16"] == (2.2, 2.5)
+    assert judged["1B shape in vLLM, one request: GQSA S50 times the tokens/s of dense bf16"] == (2.2, 2.5)
     text = report.markdown(document)
     assert "| M = 1, 4096 x 4096: times as fast as torch bf16 | 3.00 | 2.00 | no |" in text
     assert "| M = 1, 4096 x 4096: share of the read bandwidth | 0.70 | 0.75 | yes |" in text
