@@ -13,6 +13,7 @@ from vllm_gqsa.format import GROUP_SIZES, GroupSparseMatrix
 from vllm_gqsa.kernels import cuda
 from vllm_gqsa.kernels.cuda import Device, choose_kernel, linear_cuda, look_up
 from vllm_gqsa.kernels.embedding import embedding
+from vllm_gqsa.kernels.moe import moe
 from vllm_gqsa.kernels.slab import SlabMatrix
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -233,6 +234,24 @@ def test_opcheck(device):
         torch.library.opcheck(torch.ops.gqsa.linear.default, (x, tensors, "cuda", 64, 16, bias))
     ids = torch.tensor([[3, 0]], device=device.name)
     torch.library.opcheck(torch.ops.gqsa.embedding.default, (ids, tensors, "cuda", 64, 16, torch.bfloat16))
+
+
+@pytest.mark.parametrize("tokens", [2, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_experts(device, dtype, tokens, monkeypatch):
+    """Four experts: two tokens have copies of theirs, five go through all of them."""
+    monkeypatch.setattr("vllm_gqsa.kernels.moe._host_may_wait", lambda _: False)
+    gate_up, down = random_matrix(4 * 2 * 96, 64), random_matrix(4 * 64, 96, 8)
+    generator = torch.Generator().manual_seed(tokens)
+    x = torch.randn(tokens, 64, generator=generator).to(dtype)
+    weights, ids = torch.randn(tokens, 4, generator=generator).softmax(-1).topk(2)
+    found = moe(*(each.to(device.name) for each in (x, weights, ids)), pack(gate_up, device), pack(down, device))
+    first = gate_up.to_dense(dtype).double().view(4, 2, 96, 64)[ids]  # [tokens, 2, gate and up, I, K]
+    gate, up = torch.einsum("tepik,tk->teip", first, x.double()).unbind(-1)
+    expected = torch.einsum("teki,tei,te->tk", down.to_dense(dtype).double().view(4, 64, 96)[ids],
+                            F.silu(gate) * up, weights.double())  # fmt: skip
+    error = (found.cpu().double() - expected).norm() / expected.norm()
+    assert error < 2 * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("group_size", GROUP_SIZES)

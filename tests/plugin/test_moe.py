@@ -13,7 +13,6 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from tests.helpers import random_matrix
 from tests.plugin.layers import config_for
 from vllm_gqsa.format import FormatError
-from vllm_gqsa.kernels import moe
 from vllm_gqsa.plugin.moe import GqsaMoEMethod, expert_names
 
 EXPERTS, TOP, K, WIDE = 4, 2, 64, 96
@@ -104,25 +103,30 @@ def test_one_rank(tokens):
     assert_close(layer.quant_method.apply(layer, *routing), routing)
 
 
-@pytest.mark.parametrize("tokens", [1, 7])
-def test_by_torch(tokens, monkeypatch):
-    """As without a compiler, and, for every expert and all tokens, as on a GPU."""
-    monkeypatch.setattr("vllm_gqsa.kernels.native.available", lambda: False)
-    layer, routing = loaded(0, 1), routed(tokens)
-    assert layer.quant_method._matrices[0].arguments(layer)[1] == "checkpoint"
-    assert_close(layer.quant_method.apply(layer, *routing), routing)
-    monkeypatch.setattr("vllm_gqsa.kernels.moe._chosen", moe._everywhere)
-    assert_close(layer.quant_method.apply(layer, *routing), routing)
-
-
-@pytest.mark.parametrize("native", [True, False])
-def test_opcheck(native, monkeypatch):
-    if not native:
+@pytest.fixture(params=["native", "checkpoint"])
+def layout(request, monkeypatch):
+    """With the native kernels, and as without a compiler."""
+    if request.param == "checkpoint":
         monkeypatch.setattr("vllm_gqsa.kernels.native.available", lambda: False)
+    return request.param
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 7])
+@pytest.mark.parametrize("here", [0, 2])
+def test_as_on_a_gpu(tokens, here, layout, monkeypatch):
+    """Nobody looks at who was chosen: two tokens have copies of their experts, seven go through every expert."""
+    monkeypatch.setattr("vllm_gqsa.kernels.moe._host_may_wait", lambda _: False)
+    layer, (x, weights, ids) = loaded(0, 1), routed(tokens)
+    elsewhere = ids < here  # experts of another rank
+    found = layer.quant_method.apply(layer, x, weights, ids.masked_fill(elsewhere, -1))
+    assert (layer.quant_method._matrices[0].arguments(layer)[1] == "checkpoint") == (layout == "checkpoint")
+    assert_close(found, (x, weights.masked_fill(elsewhere, 0), ids))
+
+
+def test_opcheck(layout):
     layer = loaded(0, 1)
-    gate_up, down = layer.quant_method._matrices
-    arguments = (*routed(3), gate_up.arguments(layer)[0], *down.arguments(layer), [16, 8], "silu")
-    torch.library.opcheck(torch.ops.gqsa.moe.default, arguments)
+    stacks, layouts = zip(*(matrix.arguments(layer) for matrix in layer.quant_method._matrices), strict=True)
+    torch.library.opcheck(torch.ops.gqsa.moe.default, (*routed(3), *stacks, list(layouts), [16, 8], "silu"))
 
 
 @pytest.mark.parametrize("size", [2, 3, 6])

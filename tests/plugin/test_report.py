@@ -7,7 +7,8 @@ pytest.importorskip("vllm", reason="needs vLLM")
 
 from tests.helpers import quantization, random_matrix
 from vllm_gqsa.format import GqsaConfig
-from vllm_gqsa.kernels.choice import check_environment, choose, choose_for_experts
+from vllm_gqsa.kernels import choice
+from vllm_gqsa.kernels.choice import Choice, check_environment, choose, choose_for_experts
 from vllm_gqsa.plugin import report
 from vllm_gqsa.plugin.config import GqsaQuantizationConfig
 from vllm_gqsa.plugin.shards import Shard, ShardPlan, Sources
@@ -65,15 +66,18 @@ def test_a_kernel_for_each_group_size(said):
     assert said[0].endswith("kernel: " + ", ".join(dict.fromkeys(kernels)))
 
 
-def test_a_warning_where_torch_computes(said, monkeypatch):
+def test_a_warning_where_experts_are_expanded(said, monkeypatch):
     warnings = []
+    monkeypatch.setitem(choice._CHOICES, "cuda", lambda *_: Choice("gemv", "a GPU"))
     monkeypatch.setattr(report._logger, "warning", lambda text, *values: warnings.append(text % values))
     counts, matrix = report.LoadReport({("a",), ("b",)}), random_matrix(64, 128)
     for name, kernel in (("a", choose), ("b", choose_for_experts)):
         counts.take(plan(name, matrix, 0, 64), matrix)
-        counts.done(plan(name, matrix, 0, 64), kernel("tpu" if name == "b" else "cpu", torch.float32, 16))
-    assert "torch reference (experts have no kernel for tpu: each is computed for all tokens)" in said[0]
-    assert [text for text in warnings if "experts" in text] == warnings[-1:]
+        counts.done(plan(name, matrix, 0, 64), kernel("cuda", torch.float16, 16))
+    why = "experts have no decode kernel on a GPU: their weights are expanded in every step"
+    assert said[0].endswith(f"kernel: gemv (a GPU), expand ({why})")
+    assert warnings == [f"GQSA: some layers are slow: {why}"]
+    assert choose_for_experts("cpu", torch.float32, 16) == choose("cpu", torch.float32, 16)
 
 
 def test_the_kernel_and_why(monkeypatch):

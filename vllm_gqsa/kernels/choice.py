@@ -18,7 +18,7 @@ class Choice:
     Attributes:
         kernel: its name.
         why: what it was chosen for, or what stands in the way of a better one.
-        native: whether it is one of this package's own; the torch reference is slow.
+        native: whether it multiplies by the compressed weights; what does not is slow.
     """
 
     kernel: str
@@ -52,11 +52,11 @@ def choose(device: str, dtype: torch.dtype, group_size: int) -> Choice:
 
 def choose_for_experts(device: str, dtype: torch.dtype, group_size: int) -> Choice:
     """As :func:`choose`, for the routed experts of a mixture."""
-    if device == "cpu":
-        return choose(device, dtype, group_size)
-    return Choice(
-        "torch reference", f"experts have no kernel for {device}: each is computed for all tokens", native=False
-    )
+    found = choose(device, dtype, group_size)
+    if device == "cpu" or not found.native:
+        return found
+    why = "experts have no decode kernel on a GPU: their weights are expanded in every step"
+    return Choice("expand", why, native=False)
 
 
 def _on_cpu(dtype: torch.dtype, group_size: int) -> Choice:

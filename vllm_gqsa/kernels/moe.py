@@ -10,18 +10,16 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 
-from vllm_gqsa.format import GroupSparseMatrix
-from vllm_gqsa.kernels import native
 from vllm_gqsa.kernels.cpu import PackedMatrix, linear_cpu
 from vllm_gqsa.kernels.embedding import embedding
 from vllm_gqsa.kernels.layouts import Matrix, layout_of, rebuild
 from vllm_gqsa.kernels.registry import register
 
-__all__ = ["ACTIVATIONS", "moe", "prepare"]
+__all__ = ["ACTIVATIONS", "moe"]
 
 _NAME = "gqsa::moe"
 _SCHEMA = (
-    "(Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor[] gate_up, Tensor[] down, str layout, "
+    "(Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor[] gate_up, Tensor[] down, str[] layouts, "
     "int[] group_sizes, str activation) -> Tensor"
 )
 
@@ -39,7 +37,7 @@ def _moe(
     topk_ids: torch.Tensor,
     gate_up: list[torch.Tensor],
     down: list[torch.Tensor],
-    layout: str,
+    layouts: list[str],
     group_sizes: list[int],
     activation: str,
 ) -> torch.Tensor:
@@ -47,16 +45,27 @@ def _moe(
     # crow_indices comes first in every layout, and has a row more than the matrix.
     experts = (down[0].shape[0] - 1) // hidden
     width = (gate_up[0].shape[0] - 1) // (2 * experts)
-    first = rebuild(gate_up, layout, hidden, group_sizes[0])
-    second = rebuild(down, layout, width, group_sizes[1])
-    tokens = x.reshape(-1, hidden)
+    first = rebuild(gate_up, layouts[0], hidden, group_sizes[0])
+    second = rebuild(down, layouts[1], width, group_sizes[1])
+    tokens, weights = x.reshape(-1, hidden), topk_weights.float()
+    act = ACTIVATIONS[activation]
+    if _host_may_wait(x.device):
+        assignments = _chosen(topk_ids, weights, experts)
+    elif topk_ids.numel() <= experts:
+        return _gathered(tokens, weights, topk_ids, first, second, act).to(x.dtype).view(x.shape)
+    else:
+        assignments = _everywhere(topk_ids, weights, experts)
     out = torch.zeros(tokens.shape, dtype=torch.float32, device=x.device)
-    assignments = _chosen if x.device.type == "cpu" else _everywhere
-    for expert, chosen, weights in assignments(topk_ids, topk_weights.float(), experts):
+    for expert, chosen, share in assignments:
         gate, up = _expert(tokens[chosen], first, expert, 2 * width).chunk(2, dim=-1)
-        result = _expert(ACTIVATIONS[activation](gate) * up, second, expert, hidden)
-        out[chosen] += result.float() * weights[:, None]
+        result = _expert(act(gate) * up, second, expert, hidden)
+        out[chosen] += result.float() * share[:, None]
     return out.to(x.dtype).view(x.shape)
+
+
+def _host_may_wait(device: torch.device) -> bool:
+    """Whether Python may look at who was chosen: on a GPU it would stall, and captured graphs forbid it."""
+    return device.type == "cpu"
 
 
 _Assignments = Iterator[tuple[int, torch.Tensor | slice, torch.Tensor]]
@@ -74,11 +83,30 @@ def _chosen(topk_ids: torch.Tensor, topk_weights: torch.Tensor, experts: int) ->
 
 
 def _everywhere(topk_ids: torch.Tensor, topk_weights: torch.Tensor, experts: int) -> _Assignments:
-    """Every expert with all tokens, most of them weighted by 0, where the host must not wait for the device to tell
-    who was chosen: captured graphs demand that.
-    """
+    """Every expert with all tokens, most of them weighted by 0."""
     for expert in range(experts):
         yield expert, slice(None), topk_weights.where(topk_ids == expert, 0).sum(1)
+
+
+def _gathered(
+    tokens: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    gate_up: Matrix,
+    down: Matrix,
+    act: Callable[[torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """A few tokens, each with a copy of its own of its experts' weights: ``[M, K]`` in float32."""
+    ids = topk_ids.clamp(min=0).flatten()  # experts of other ranks have any weights, and no share
+
+    def multiply(x: torch.Tensor, stack: Matrix, rows: int) -> torch.Tensor:
+        of_expert = ids[:, None] * rows + torch.arange(rows, device=ids.device)
+        return torch.bmm(embedding(of_expert, stack, x.dtype), x[..., None])[..., 0]
+
+    each = tokens.repeat_interleave(topk_ids.shape[1], 0)
+    gate, up = multiply(each, gate_up, 2 * down.in_features).chunk(2, dim=-1)
+    result = multiply(act(gate) * up, down, gate_up.in_features).float().view(*topk_ids.shape, -1)
+    return (result * topk_weights.where(topk_ids >= 0, 0)[..., None]).sum(1)
 
 
 def _expert(x: torch.Tensor, stack: Matrix, expert: int, rows: int) -> torch.Tensor:
@@ -97,7 +125,7 @@ def _moe_fake(
     topk_ids: torch.Tensor,
     gate_up: list[torch.Tensor],
     down: list[torch.Tensor],
-    layout: str,
+    layouts: list[str],
     group_sizes: list[int],
     activation: str,
 ) -> torch.Tensor:
@@ -105,17 +133,6 @@ def _moe_fake(
 
 
 register(_NAME, _SCHEMA, _moe, _moe_fake)
-
-
-def prepare(weight: GroupSparseMatrix, device: torch.device | str) -> Matrix:
-    """The experts' matrix as ``gqsa::moe`` wants it: in the order of the native kernels on a CPU that has them.
-
-    Args:
-        weight: valid.
-        device: where it is to be used.
-    """
-    weight = weight.to(device)
-    return PackedMatrix.pack(weight) if weight.qweight.device.type == "cpu" and native.available() else weight
 
 
 def moe(
@@ -133,7 +150,7 @@ def moe(
         topk_weights: floating point ``[M, k]``.
         topk_ids: integers ``[M, k]``: the experts of each token, all different; a negative one counts for nothing.
         gate_up: ``[E * 2I, K]``, for each expert its gate above its up projection; trusted.
-        down: ``[E * K, I]``, trusted, in the same layout; its group size may be another.
+        down: ``[E * K, I]``, trusted; its group size may be another.
         activation: one of :data:`ACTIVATIONS`.
 
     Returns:
@@ -146,7 +163,7 @@ def moe(
         topk_ids,
         list(gate_up.tensors().values()),
         list(down.tensors().values()),
-        layout_of(down),
+        [layout_of(gate_up), layout_of(down)],
         [gate_up.group_size, down.group_size],
         activation,
     )

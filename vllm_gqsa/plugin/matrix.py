@@ -30,7 +30,6 @@ class LayerMatrix:
         report: LoadReport,
         prefix: str = "",
         loader: Callable[..., object] = load_piece,
-        prepare: Callable[[GroupSparseMatrix, torch.device], kernels.Matrix] = kernels.prepare,
         choice: Callable[[str, torch.dtype, int], Choice] = choose,
     ) -> None:
         """Register empty placeholders; the sizes are in the checkpoint.
@@ -42,8 +41,7 @@ class LayerMatrix:
             report: is told what was loaded.
             prefix: in front of the names of the four parameters, where a layer has several matrices.
             loader: what vLLM calls with each tensor of the checkpoint.
-            prepare: lays the matrix out for its kernel, on a device.
-            choice: which kernel that is, by type of device, dtype and group size.
+            choice: which kernel will compute with it, by type of device, dtype and group size.
 
         Raises:
             ValueError: vLLM was told to read pickles.
@@ -60,7 +58,7 @@ class LayerMatrix:
         self._report = report
         self._dtype = torch.get_default_dtype()  # the model's, while vLLM builds it
         report.expect(plan.sources.names)
-        self._prepare, self._choice = prepare, choice
+        self._choice = choice
         self._prefix = prefix
         self._dummy = load_format == "dummy"
         self._layout = ""
@@ -89,7 +87,7 @@ class LayerMatrix:
             matrix = self._staged()
         finally:
             self.staging.clear()  # now, so that there are never more than two copies
-        prepared = self._prepare(matrix, self._device(layer))
+        prepared = kernels.prepare(matrix, self._device(layer))
         self._check_shapes(prepared)
         self._report.take(self.plan, matrix)
         return prepared

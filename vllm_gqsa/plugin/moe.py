@@ -10,7 +10,7 @@ from vllm.platforms import current_platform
 
 from vllm_gqsa.format import GqsaConfig, is_ignored
 from vllm_gqsa.kernels.choice import choose_for_experts
-from vllm_gqsa.kernels.moe import ACTIVATIONS, prepare
+from vllm_gqsa.kernels.moe import ACTIVATIONS
 from vllm_gqsa.plugin.loading import load_expert_piece
 from vllm_gqsa.plugin.matrix import LayerMatrix, process
 from vllm_gqsa.plugin.report import LoadReport
@@ -104,9 +104,7 @@ class GqsaMoEMethod(FusedMoEMethodBase):
         check_columns(name, hidden_size, 1, gate_up.group_size)
         check_columns(name, width * size, size, down.group_size)
         self._matrices = [
-            LayerMatrix(
-                layer, plan, self.config.sparsity, self._report, prefix, load_expert_piece, prepare, choose_for_experts
-            )
+            LayerMatrix(layer, plan, self.config.sparsity, self._report, prefix, load_expert_piece, choose_for_experts)
             for plan, prefix in ((gate_up, "w13_"), (down, "w2_"))
         ]
 
@@ -176,15 +174,10 @@ class GqsaMoEMethod(FusedMoEMethodBase):
         """The weighted sum over each token's experts, ``[M, K]``; with tensor parallelism this rank's part of it."""
         if layer.expert_map is not None:
             topk_ids = layer.expert_map[topk_ids.long()]
-        gate_up, down = self._matrices
+        stacks, layouts = zip(*(matrix.arguments(layer) for matrix in self._matrices), strict=True)
+        group_sizes = [matrix.plan.group_size for matrix in self._matrices]
         result: torch.Tensor = torch.ops.gqsa.moe(
-            x,
-            topk_weights,
-            topk_ids,
-            gate_up.arguments(layer)[0],
-            *down.arguments(layer),
-            [gate_up.plan.group_size, down.plan.group_size],
-            self._activation,
+            x, topk_weights, topk_ids, *stacks, list(layouts), group_sizes, self._activation
         )
         return result
 

@@ -54,13 +54,13 @@ class LoadReport:
         )
 
     def done(self, plan: ShardPlan, kernel: Choice) -> None:
-        """The layer is in place; says all of it where it was the last one, with a warning where torch will be slow."""
+        """The layer is in place; says all of it where it was the last one, with a warning where it will be slow."""
         self._done[plan.sources.names] = kernel
         if self.expected <= self._done.keys():
             kernels = dict.fromkeys(self._done.values())
             _logger.info("%s; kernel: %s", self.text(), ", ".join(map(str, kernels)))
             for slow in (each for each in kernels if not each.native):
-                _logger.warning("GQSA: some layers are computed by torch, slowly: %s", slow.why)
+                _logger.warning("GQSA: some layers are slow: %s", slow.why)
             self._layers.clear()  # a reload starts anew
             self._done.clear()
 
