@@ -90,20 +90,13 @@ async def hang_up(url: str, requests: list[Request]) -> int:
     """Start streams all at once and close each after its second piece; returns how many the server ran before."""
     async with _client(url) as client:
         streams = await start_streams(client, requests)
-
-        async def close(stream: openai.AsyncStream[Completion]) -> None:
-            pieces = aiter(stream)
-            for _ in range(2):
-                await anext(pieces)
-            await stream.close()
-
         busy = await asyncio.to_thread(running, url)
-        await asyncio.gather(*map(close, streams))
+        await asyncio.gather(*(stream.close() for stream in streams))
         return busy
 
 
 async def start_streams(client: openai.AsyncOpenAI, requests: list[Request]) -> list[openai.AsyncStream[Completion]]:
-    """Streams of long answers."""
+    """Streams of long answers, of each of which two pieces have come."""
     model = (await client.models.list()).data[0].id
     starts = (
         client.completions.create(
@@ -112,7 +105,15 @@ async def start_streams(client: openai.AsyncOpenAI, requests: list[Request]) -> 
         )
         for each in requests
     )  # fmt: skip
-    return await asyncio.gather(*starts)
+    streams = await asyncio.gather(*starts)
+
+    async def begin(stream: openai.AsyncStream[Completion]) -> None:
+        pieces = aiter(stream)
+        for _ in range(2):
+            await anext(pieces)
+
+    await asyncio.gather(*map(begin, streams))
+    return streams
 
 
 def running(url: str) -> int:
