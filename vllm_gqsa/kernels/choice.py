@@ -8,7 +8,7 @@ import torch
 
 from vllm_gqsa.kernels import cpu, cuda, native
 
-__all__ = ["Choice", "check_environment", "choose", "choose_for_experts"]
+__all__ = ["EXPANDED_EXPERTS", "Choice", "check_environment", "choose", "choose_for_experts"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,12 @@ class Choice:
 
     def __str__(self) -> str:
         return f"{self.kernel} ({self.why})"
+
+
+EXPANDED_EXPERTS = Choice(
+    "expand", "experts have no decode kernel on a GPU: their weights are expanded in every step", native=False
+)
+"""What is chosen for the routed experts of a mixture on a GPU."""
 
 
 def check_environment() -> None:
@@ -53,10 +59,7 @@ def choose(device: str, dtype: torch.dtype, group_size: int) -> Choice:
 def choose_for_experts(device: str, dtype: torch.dtype, group_size: int) -> Choice:
     """As :func:`choose`, for the routed experts of a mixture."""
     found = choose(device, dtype, group_size)
-    if device == "cpu" or not found.native:
-        return found
-    why = "experts have no decode kernel on a GPU: their weights are expanded in every step"
-    return Choice("expand", why, native=False)
+    return found if device == "cpu" or not found.native else EXPANDED_EXPERTS
 
 
 def _on_cpu(dtype: torch.dtype, group_size: int) -> Choice:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from vllm.logger import init_logger
 
 from vllm_gqsa.format import GroupSparseMatrix
-from vllm_gqsa.kernels.choice import Choice
+from vllm_gqsa.kernels.choice import EXPANDED_EXPERTS, Choice
 from vllm_gqsa.plugin.shards import ShardPlan
 
 __all__ = ["LoadReport"]
@@ -54,13 +54,13 @@ class LoadReport:
         )
 
     def done(self, plan: ShardPlan, kernel: Choice) -> None:
-        """The layer is in place; says all of it where it was the last one, with a warning where it will be slow."""
+        """The layer is in place; says all of it where it was the last one."""
         self._done[plan.sources.names] = kernel
         if self.expected <= self._done.keys():
             kernels = dict.fromkeys(self._done.values())
             _logger.info("%s; kernel: %s", self.text(), ", ".join(map(str, kernels)))
-            for slow in (each for each in kernels if not each.native):
-                _logger.warning("GQSA: some layers are slow: %s", slow.why)
+            if EXPANDED_EXPERTS in kernels:  # of what else is slow those warn who look for kernels
+                _logger.warning("GQSA: serving is slow: %s", EXPANDED_EXPERTS.why)
             self._layers.clear()  # a reload starts anew
             self._done.clear()
 
