@@ -73,8 +73,7 @@ def prepare(folder: Path) -> Path:
     write_dense_model(find_gguf(), dense)
     if not (ours / "config.json").exists():
         options = ["--recipe", "one-shot", "--sparsity", "0.2", "--lm-head", "0", "--no-compensate"]
-        options += ["--calibration", str(text)]
-        options += ["--samples", "4", "--context", "128", "--eval-windows", "1"]
+        options += ["--calibration", str(text), "--samples", "4", "--context", "128", "--eval-windows", "1"]
         gqsa = Path(sys.executable).with_name("gqsa")
         if subprocess.call([str(gqsa), "compress", str(dense), str(ours), *options]) != 0:
             raise DemoError("gqsa compress failed; its message stands above")
@@ -153,7 +152,7 @@ def load(folder: Path, model: Path) -> dict[str, Any]:
 
 
 def is_calm(log: str) -> bool:
-    """Whether vLLM logged no traceback until it was stopped; of the streams that this cuts off it logs some."""
+    """Whether vLLM logged no traceback until it was stopped; it logs some as it ends."""
     before, stop, _ = log.partition("received signal=SIGTERM")
     return bool(stop) and "Traceback" not in before
 

@@ -119,9 +119,8 @@ def choose_kernel(dtype: torch.dtype, group_size: int, activations: str = "") ->
 
 @functools.cache
 def _dense_from(kernel: str, dtype: torch.dtype) -> float:
-    if dtype == torch.bfloat16 and "avx512_bf16" in kernels():
-        return _DENSE_FROM_BFLOAT16.get(kernel, _DENSE_FROM.get(kernel, math.inf))
-    return _DENSE_FROM.get(kernel, math.inf)
+    in_hardware = dtype == torch.bfloat16 and "avx512_bf16" in kernels()
+    return (_DENSE_FROM | (_DENSE_FROM_BFLOAT16 if in_hardware else {})).get(kernel, math.inf)
 
 
 @dataclass(frozen=True, eq=False)

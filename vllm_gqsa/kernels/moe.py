@@ -49,17 +49,16 @@ def _moe(
     second = rebuild(down, layouts[1], width, group_sizes[1])
     tokens, weights = x.reshape(-1, hidden), topk_weights.float()
     act = ACTIVATIONS[activation]
-    if _host_may_wait(x.device):
-        assignments = _chosen(topk_ids, weights, experts)
-    elif topk_ids.numel() <= experts:
-        return _gathered(tokens, weights, topk_ids, first, second, act).to(x.dtype).view(x.shape)
+    may_wait = _host_may_wait(x.device)
+    if not may_wait and topk_ids.numel() <= experts:
+        out = _gathered(tokens, weights, topk_ids, first, second, act)
     else:
-        assignments = _everywhere(topk_ids, weights, experts)
-    out = torch.zeros(tokens.shape, dtype=torch.float32, device=x.device)
-    for expert, chosen, share in assignments:
-        gate, up = _expert(tokens[chosen], first, expert, 2 * width).chunk(2, dim=-1)
-        result = _expert(act(gate) * up, second, expert, hidden)
-        out[chosen] += result.float() * share[:, None]
+        out = torch.zeros(tokens.shape, dtype=torch.float32, device=x.device)
+        assignments = (_chosen if may_wait else _everywhere)(topk_ids, weights, experts)
+        for expert, chosen, share in assignments:
+            gate, up = _expert(tokens[chosen], first, expert, 2 * width).chunk(2, dim=-1)
+            result = _expert(act(gate) * up, second, expert, hidden)
+            out[chosen] += result.float() * share[:, None]
     return out.to(x.dtype).view(x.shape)
 
 
