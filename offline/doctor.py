@@ -16,7 +16,6 @@ import vllm_gqsa
 from vllm_gqsa.format import CheckpointReader, FormatError, read_json
 from vllm_gqsa.kernels import cpu, cuda, native
 from vllm_gqsa.kernels.choice import check_environment, choose, choose_for_experts
-from vllm_gqsa.plugin.registration import tested_with
 
 __all__ = ["Diagnosis", "diagnose"]
 
@@ -84,7 +83,7 @@ def _versions(found: Diagnosis) -> None:
     found.facts["torch"] = f"{torch.__version__} (CUDA {torch.version.cuda or 'none'})"
     for name in _VLLM:
         version = _version(name)
-        tested = "tested" if tested_with(version or "") else "not tested"
+        tested = "tested" if vllm_gqsa.is_tested_with(version or "") else "not tested"
         found.facts[name] = f"{version}, {tested} with vllm-gqsa" if version else "not installed"
     for name in ("transformers", "safetensors"):
         found.facts[name] = _version(name) or "not installed"

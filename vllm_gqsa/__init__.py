@@ -5,9 +5,17 @@ vLLM finds :func:`register` through the entry point group ``vllm.general_plugins
 
 import logging
 
-__all__ = ["__version__", "register"]
+__all__ = ["TESTED_VLLM", "__version__", "is_tested_with", "register"]
 
 __version__ = "0.1.0"
+
+TESTED_VLLM = ("0.29", "0.32")
+"""The versions of vLLM that this package is tested with; see docs/compatibility.md."""
+
+
+def is_tested_with(vllm: str) -> bool:
+    """Whether a version of vLLM, for example 0.32.0+cpu, is one of :data:`TESTED_VLLM`."""
+    return vllm.startswith(tuple(f"{version}." for version in TESTED_VLLM))
 
 
 def register() -> None:

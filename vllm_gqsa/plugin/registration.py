@@ -3,13 +3,11 @@
 import importlib
 import logging
 import multiprocessing
-import re
 from typing import Any
 
-__all__ = ["register", "tested_with"]
+from vllm_gqsa import TESTED_VLLM, is_tested_with
 
-_TESTED = ((0, 29), (0, 32))
-"""See docs/compatibility.md."""
+__all__ = ["register"]
 
 logger = logging.getLogger(__name__)
 
@@ -42,17 +40,11 @@ def register() -> None:
         logger.warning("vllm-gqsa could not ask the kernel for AMX; bfloat16 may crash on this CPU", exc_info=True)
 
 
-def tested_with(version: str) -> bool:
-    """Whether this package is tested with a version of vLLM."""
-    match = re.match(r"(\d+)\.(\d+)", version)
-    return match is not None and (int(match[1]), int(match[2])) in _TESTED
-
-
 def _warn_if_untested() -> None:
     version = str(getattr(importlib.import_module("vllm"), "__version__", "unknown"))
     # Those that vLLM starts register too; once is enough.
-    if multiprocessing.parent_process() is None and not tested_with(version):
-        tested = " and ".join(f"{major}.{minor}" for major, minor in _TESTED)
+    if multiprocessing.parent_process() is None and not is_tested_with(version):
+        tested = " and ".join(TESTED_VLLM)
         logger.warning("vllm-gqsa is tested with vLLM %s; this is %s and may or may not work", tested, version)
 
 
