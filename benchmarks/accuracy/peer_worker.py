@@ -131,7 +131,11 @@ def _llm_compressor(model: torch.nn.Module, tokens: torch.Tensor, settings: dict
 
 
 def _autoround(model: torch.nn.Module, tokens: torch.Tensor, settings: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """AutoRound with its default recipe; its scales are float16. Returns dequantised weights by the linear's name."""
+    """AutoRound with its default recipe, which computes in bfloat16; its scales are float16.
+
+    Returns:
+        Dequantised weights by the linear's name, rounded to bfloat16, as it leaves them.
+    """
     from auto_round import AutoRound  # noqa: PLC0415
     from transformers import AutoTokenizer  # noqa: PLC0415
 
@@ -151,7 +155,6 @@ def _autoround(model: torch.nn.Module, tokens: torch.Tensor, settings: dict[str,
         nsamples=len(tokens),
         batch_size=batch,
         iters=settings["iterations"],
-        amp=False,
         device_map="cpu",
         enable_torch_compile=False,
     )
