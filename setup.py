@@ -27,14 +27,15 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
+VBMI = [*AVX512, "-mavx512vbmi", "-mavx512vbmi2", "-mbmi2"]
 # Each file is compiled for the processors that it is chosen on at run time, and for no others.
 SOURCES = {"csrc/common/slab.cpp": [], "csrc/cpu/cpu.cpp": [], "csrc/cpu/portable.cpp": []}
 if platform.machine() == "x86_64":
     SOURCES |= {
         "csrc/cpu/avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
         "csrc/cpu/avx512.cpp": AVX512,
-        "csrc/cpu/avx512_bf16.cpp": [*AVX512, "-mavx512vbmi", "-mavx512bf16"],
-        "csrc/cpu/avx512_vnni.cpp": [*AVX512, "-mavx512vbmi", "-mavx512vnni"],
+        "csrc/cpu/avx512_bf16.cpp": [*VBMI, "-mavx512bf16"],
+        "csrc/cpu/avx512_vnni.cpp": [*VBMI, "-mavx512vnni"],
     }
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-w"]
 

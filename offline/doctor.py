@@ -27,6 +27,8 @@ _FEATURES = (
     "avx512f",
     "avx512bw",
     "avx512vbmi",
+    "avx512_vbmi2",
+    "bmi2",
     "avx512_vnni",
     "avx512_bf16",
     "amx_tile",

@@ -16,34 +16,31 @@ GQSA_INLINE void fetch(const void* at, int64_t ahead) {
     asm volatile("prefetcht0 %0" : : "m"(static_cast<const char*>(at)[ahead]));
 }
 
-// Twin of AppendOffsets in vectors. AVX-512 could do twice as much at a time, but compressing a vector takes it longer.
+// Writes the offsets of the `parts` units of each of eight groups, given those of the first units.
+template <int parts>
+GQSA_INLINE void store_units(__m128i first, uint16_t* out) {
+    if constexpr (parts == 1) {
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(out), first);
+    } else {
+        const __m128i middle = _mm_add_epi16(first, _mm_set1_epi16(parts / 2 * 8));
+        store_units<parts / 2>(_mm_unpacklo_epi16(first, middle), out);
+        store_units<parts / 2>(_mm_unpackhi_epi16(first, middle), out + parts / 2 * 8);
+    }
+}
+
+// Twin of AppendOffsets in vectors.
 template <int G>
 struct AppendOffsetsAvx {
-    GQSA_INLINE uint32_t* operator()(const Weight& weight, int64_t row, uint32_t stride, uint32_t* out) const {
+    GQSA_INLINE uint16_t* operator()(const Weight& weight, int64_t row, uint16_t* out) const {
         constexpr int parts = units_per_group(G);
         const uint8_t* mask = weight.group_mask + row * weight.mask_stride;
-        const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-        const __m256i unit = _mm256_set1_epi32(static_cast<int>(stride));
-        const __m256i step = _mm256_set1_epi32(static_cast<int>(stride * 8 * parts));
-        __m256i offset = _mm256_mullo_epi32(lane, _mm256_set1_epi32(static_cast<int>(stride * parts)));
-        const auto add = [&](uint8_t bits) GQSA_INLINE_LAMBDA {
-            const __m128i set = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kSetBits.of[bits]));
-            const __m256i kept = _mm256_permutevar8x32_epi32(offset, _mm256_cvtepu8_epi32(set));
-            if constexpr (parts == 1) {
-                _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), kept);
-            } else {
-#pragma GCC unroll 8
-                for (int at = 0; at < 8 * parts; at += 8) {
-                    const __m256i each = _mm256_add_epi32(lane, _mm256_set1_epi32(at));
-                    const __m256i group = _mm256_srli_epi32(each, parts == 2 ? 1 : parts == 4 ? 2 : 3);
-                    const __m256i part = _mm256_and_si256(each, _mm256_set1_epi32(parts - 1));
-                    const __m256i first = _mm256_permutevar8x32_epi32(kept, group);
-                    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + at),
-                                        _mm256_add_epi32(first, _mm256_mullo_epi32(part, unit)));
-                }
-            }
-            out += __builtin_popcount(bits) * parts;
-            offset = _mm256_add_epi32(offset, step);
+        const __m128i group = _mm_set1_epi16(G / 2), byte_groups = _mm_set1_epi16(8 * (G / 2));
+        __m128i first = _mm_setzero_si128();
+        const auto add = [&](uint8_t kept) GQSA_INLINE_LAMBDA {
+            const __m128i set = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kSetBits.of[kept]));
+            store_units<parts>(_mm_add_epi16(first, _mm_mullo_epi16(_mm_cvtepu8_epi16(set), group)), out);
+            out += __builtin_popcount(kept) * parts;
+            first = _mm_add_epi16(first, byte_groups);
         };
         int64_t byte = 0;
         for (; byte + 8 <= weight.mask_stride; byte += 8) {

@@ -34,9 +34,10 @@ struct Multiply {
         constexpr int length = unit_size(G), chunk_blocks = G < 16 ? 1 : 2;
         const Weight& weight = call.weight;
         const char* x = static_cast<const char*>(call.x) + token * length * sizeof(float);
+        const int64_t bytes = bytes_per_offset<Tokens, float>(call);
         __m256 low[Tokens], high[Tokens];
         for (int m = 0; m < Tokens; ++m) low[m] = high[m] = _mm256_setzero_ps();
-        const uint32_t* offsets = row.offsets;
+        const uint16_t* offsets = row.offsets;
         for (int64_t chunk = row.begin >> 4; chunk << 4 < row.end; ++chunk, offsets += 16) {
             alignas(32) float scales[16], shifts[16];
             load_scales<G>(weight.scale_zero, chunk, row.begin, row.end, scales, shifts);
@@ -60,8 +61,8 @@ struct Multiply {
                             _mm256_fmadd_ps(code_a, _mm256_broadcast_ss(scales + a), _mm256_broadcast_ss(shifts + a));
                         const __m256 weight_b =
                             _mm256_fmadd_ps(code_b, _mm256_broadcast_ss(scales + b), _mm256_broadcast_ss(shifts + b));
-                        const float* x_a = reinterpret_cast<const float*>(x + offsets[a]);
-                        const float* x_b = reinterpret_cast<const float*>(x + offsets[b]) + (G < 16 ? 0 : 8);
+                        const float* x_a = reinterpret_cast<const float*>(x + offsets[a] * bytes);
+                        const float* x_b = reinterpret_cast<const float*>(x + offsets[b] * bytes) + (G < 16 ? 0 : 8);
 #pragma GCC unroll 8
                         for (int m = 0; m < Tokens; ++m) {
                             low[m] = _mm256_fmadd_ps(weight_a, _mm256_loadu_ps(x_a + m * length), low[m]);
@@ -75,9 +76,9 @@ struct Multiply {
     }
 };
 
-void multiply(const Call& call, int64_t begin, int64_t end, uint32_t* offsets) {
+void multiply(const Call& call, int64_t begin, int64_t end, uint16_t* offsets) {
     for_group_size(call.weight.group_size, [&](auto size) {
-        for_rows<Multiply, size>(call, begin, end, offsets, sizeof(float), AppendOffsetsAvx<size>{});
+        for_rows<Multiply, size>(call, begin, end, offsets, AppendOffsetsAvx<size>{});
     });
 }
 

@@ -10,12 +10,13 @@ struct Multiply {
         constexpr int length = unit_size(G), chunk_blocks = G < 16 ? 1 : 2;
         const Weight& weight = call.weight;
         const char* x = static_cast<const char*>(call.x) + token * length * sizeof(float);
+        const int64_t bytes = bytes_per_offset<Tokens, float>(call);
         const __m512 code_values = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
         __m512 totals[2][Tokens];
         for (auto& total : totals) {
             for (__m512& lanes : total) lanes = _mm512_setzero_ps();
         }
-        for_chunks(row, [&](auto whole, int64_t chunk, const uint32_t* offsets) GQSA_INLINE_LAMBDA {
+        for_chunks(row, [&](auto whole, int64_t chunk, const uint16_t* offsets) GQSA_INLINE_LAMBDA {
             // weight = scale * code + shift, without rounding
             alignas(64) float scales[16], shifts[16];
             const __m256i scale_zero = load_scale_zero<G, whole, Tokens>(weight, chunk, row);
@@ -40,7 +41,7 @@ struct Multiply {
                         if constexpr (G >= 16) {
                             const __m512 values =
                                 _mm512_fmadd_ps(code, _mm512_set1_ps(scales[unit]), _mm512_set1_ps(shifts[unit]));
-                            const float* xu = reinterpret_cast<const float*>(x + offsets[unit]);
+                            const float* xu = reinterpret_cast<const float*>(x + offsets[unit] * bytes);
 #pragma GCC unroll 8
                             for (int m = 0; m < Tokens; ++m) {
                                 total[m] = _mm512_fmadd_ps(values, _mm512_loadu_ps(xu + m * 16), total[m]);
@@ -50,8 +51,8 @@ struct Multiply {
                             const __m512 scale_ab = join(scales[a], scales[b]);
                             const __m512 shift_ab = join(shifts[a], shifts[b]);
                             const __m512 values = _mm512_fmadd_ps(code, scale_ab, shift_ab);
-                            const float* xa = reinterpret_cast<const float*>(x + offsets[a]);
-                            const float* xb = reinterpret_cast<const float*>(x + offsets[b]);
+                            const float* xa = reinterpret_cast<const float*>(x + offsets[a] * bytes);
+                            const float* xb = reinterpret_cast<const float*>(x + offsets[b] * bytes);
 #pragma GCC unroll 8
                             for (int m = 0; m < Tokens; ++m) {
                                 const __m512 xm = join(_mm256_loadu_ps(xa + m * 8), _mm256_loadu_ps(xb + m * 8));
@@ -66,9 +67,9 @@ struct Multiply {
     }
 };
 
-void multiply(const Call& call, int64_t begin, int64_t end, uint32_t* offsets) {
+void multiply(const Call& call, int64_t begin, int64_t end, uint16_t* offsets) {
     for_group_size(call.weight.group_size, [&](auto size) {
-        for_rows<Multiply, size>(call, begin, end, offsets, sizeof(float), AppendOffsetsAvx<size>{});
+        for_rows<Multiply, size>(call, begin, end, offsets, AppendOffsetsAvx<size>{});
     });
 }
 

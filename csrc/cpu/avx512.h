@@ -14,6 +14,49 @@ struct alignas(64) Lanes {
     T value[64 / sizeof(T)];
 };
 
+#ifdef __AVX512VBMI2__
+constexpr Lanes<uint16_t> offsets_of_first() {
+    Lanes<uint16_t> lanes{};
+    for (int unit = 0; unit < 32; ++unit) lanes.value[unit] = static_cast<uint16_t>(unit * 8);
+    return lanes;
+}
+
+constexpr Lanes<uint16_t> kFirstOffsets = offsets_of_first();
+
+// Twin of AppendOffsets for G >= 16, 32 units at a time.
+template <int G>
+struct AppendOffsets512 {
+    GQSA_INLINE uint16_t* operator()(const Weight& weight, int64_t row, uint16_t* out) const {
+        constexpr int parts = units_per_group(G), groups = 32 / parts;
+        constexpr uint32_t first_units = 0xFFFFFFFF / ((uint64_t{1} << parts) - 1);  // a bit in every `parts`
+        const uint8_t* mask = weight.group_mask + row * weight.mask_stride;
+        __m512i offset = _mm512_load_si512(&kFirstOffsets);
+        const auto add = [&](uint32_t kept) GQSA_INLINE_LAMBDA {  // bits for 32 groups
+#pragma GCC unroll 8
+            for (int from = 0; from < 32; from += groups) {
+                const uint32_t units =
+                    parts == 1 ? kept : _pdep_u32(kept >> from, first_units) * ((1u << parts) - 1);
+                _mm512_storeu_si512(out, _mm512_maskz_compress_epi16(units, offset));
+                out += __builtin_popcount(units);
+                offset = _mm512_add_epi16(offset, _mm512_set1_epi16(32 * 8));
+            }
+        };
+        int64_t byte = 0;
+        for (; byte + 4 <= weight.mask_stride; byte += 4) {
+            uint32_t kept;
+            std::memcpy(&kept, mask + byte, sizeof kept);
+            add(kept);
+        }
+        if (byte < weight.mask_stride) {
+            uint32_t kept = 0;
+            std::memcpy(&kept, mask + byte, static_cast<size_t>(weight.mask_stride - byte));
+            add(kept);
+        }
+        return out;
+    }
+};
+#endif
+
 inline uint32_t ones(int64_t from, int64_t to) {  // bits from..to - 1 of 16, clamped
     const uint32_t below = to >= 16 ? 0xFFFF : to <= 0 ? 0 : (1u << to) - 1;
     return from <= 0 ? below : from >= 16 ? 0 : below >> from << from;
@@ -46,7 +89,7 @@ inline __m256i load_scale_zero(const Weight& weight, int64_t chunk, const Row& r
 // row's and need no mask.
 template <class Add>
 GQSA_INLINE void for_chunks(const Row& row, Add add) {
-    const uint32_t* offsets = row.offsets;
+    const uint16_t* offsets = row.offsets;
     for (int64_t chunk = row.begin >> 4; chunk << 4 < row.end; ++chunk, offsets += 16) {
         if (row.holds_chunk(chunk)) {
             add(std::true_type{}, chunk, offsets);
@@ -106,14 +149,14 @@ inline void dequantize_rows_512(const Weight& weight, int64_t begin, int64_t end
     const int64_t row_size = weight.in_features * element;
     // No std::vector: its code, made for these instructions, could be linked into files that are not.
     const size_t count = static_cast<size_t>(offsets_size(weight.in_features));
-    uint32_t* const scratch = static_cast<uint32_t*>(std::malloc(count * sizeof(uint32_t)));
+    uint16_t* const scratch = static_cast<uint16_t*>(std::malloc(count * sizeof(uint16_t)));
     alignas(64) char nowhere[64];  // for units of other rows
     for (int64_t r = begin; r < end; ++r, out += row_size) {
         std::memset(out, 0, static_cast<size_t>(row_size));
         const Row row{int64_t{weight.crow_indices[r]} * parts, int64_t{weight.crow_indices[r + 1]} * parts,
                       scratch};
-        AppendOffsetsAvx<G>{}(weight, r, unit_size(G) * element, scratch + (row.begin & 15));
-        for_chunks(row, [&](auto whole, int64_t chunk, const uint32_t* offsets) GQSA_INLINE_LAMBDA {
+        AppendOffsetsAvx<G>{}(weight, r, scratch + (row.begin & 15));
+        for_chunks(row, [&](auto whole, int64_t chunk, const uint16_t* offsets) GQSA_INLINE_LAMBDA {
             alignas(64) float scales[16], zeros[16];
             const __m256i scale_zero = load_scale_zero<G, whole, 1>(weight, chunk, row);
             const __m512i zero = _mm512_and_si512(_mm512_cvtepu16_epi32(scale_zero), _mm512_set1_epi32(15));
@@ -121,7 +164,7 @@ inline void dequantize_rows_512(const Weight& weight, int64_t begin, int64_t end
             _mm512_store_ps(zeros, _mm512_cvtepi32_ps(zero));
             const auto target = [&](int unit) {
                 const int64_t at = chunk * 16 + unit;
-                return whole || (at >= row.begin && at < row.end) ? out + offsets[unit] : nowhere;
+                return whole || (at >= row.begin && at < row.end) ? out + offsets[unit] * (2 * element) : nowhere;
             };
             for (int block = 0; block < chunk_blocks; ++block) {
                 if (!whole && G >= 16 && !row.touches(chunk * 16 + block * units_in_block)) continue;
@@ -160,6 +203,10 @@ inline void dequantize_512(const Weight& weight, int64_t begin, int64_t end, Dty
 inline bool has_avx512() {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+
+inline bool has_vbmi() {
+    return __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("bmi2");
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
 // AVX-512 with BF16 and VBMI: bfloat16 activations times code - zero point, which bfloat16 holds exactly; the products
-// are exact, the sums float32. Compiled with -mavx512{f,bw,dq,vl,bf16,vbmi}. Group sizes from 16 on.
+// are exact, the sums float32. Compiled with -mavx512{f,bw,dq,vl,bf16,vbmi,vbmi2} -mbmi2. Group sizes from 16 on.
 #include "avx512.h"
 
 namespace gqsa::cpu {
@@ -47,6 +47,7 @@ struct Multiply {
         constexpr int pairs = Tokens / 2 + Tokens % 2;
         const Weight& weight = call.weight;
         const char* x = static_cast<const char*>(call.x) + token * 32;
+        const int64_t bytes = bytes_per_offset<Tokens, uint16_t>(call);
         __m512i values = _mm512_load_si512(&kFiveBitValues), zero_point[2][2], unit_pair[8];
         const __m512i nibble = _mm512_set1_epi8(15);
         for (int i = 0; i < 4; ++i) zero_point[i / 2][i % 2] = _mm512_load_si512(&kZeroPoint[i / 2][i % 2]);
@@ -54,7 +55,7 @@ struct Multiply {
         if (Tokens == 1) keep_in_registers(values, zero_point, unit_pair);
         __m512 one[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()}, even[2][pairs], odds[2][pairs];
         for (int p = 0; p < pairs; ++p) even[0][p] = even[1][p] = odds[0][p] = odds[1][p] = _mm512_setzero_ps();
-        for_chunks(row, [&](auto whole, int64_t chunk, const uint32_t* offsets) GQSA_INLINE_LAMBDA {
+        for_chunks(row, [&](auto whole, int64_t chunk, const uint16_t* offsets) GQSA_INLINE_LAMBDA {
             const __m256i scale_zero = load_scale_zero<G, whole, Tokens>(weight, chunk, row);
             const __m512 scales = scales_of(scale_zero);
             const __m512i zeros = _mm512_castsi256_si512(_mm256_and_si256(scale_zero, _mm256_set1_epi16(15)));
@@ -75,7 +76,7 @@ struct Multiply {
                         const int unit = block * 8 + 2 * pair + 4 * odd;
                         // The permutation looks at the lowest five bits of each 16 only.
                         const __m512i w = _mm512_permutexvar_epi16(odd ? _mm512_srli_epi16(byte, 8) : byte, values);
-                        const char *first = x + offsets[unit], *second = x + offsets[unit + 1];
+                        const char *first = x + offsets[unit] * bytes, *second = x + offsets[unit + 1] * bytes;
                         if constexpr (Tokens == 1) {
                             const __m512 scale = _mm512_permutexvar_ps(unit_pair[unit / 2], scales);
                             const __m512i low = _mm512_castsi256_si512(load256(first));
@@ -125,14 +126,14 @@ struct Multiply {
     }
 };
 
-void multiply(const Call& call, int64_t begin, int64_t end, uint32_t* offsets) {
+void multiply(const Call& call, int64_t begin, int64_t end, uint16_t* offsets) {
     for_group_size(call.weight.group_size, [&](auto size) {
-        if constexpr (size >= 16) for_rows<Multiply, size>(call, begin, end, offsets, 2, AppendOffsetsAvx<size>{});
+        if constexpr (size >= 16) for_rows<Multiply, size>(call, begin, end, offsets, AppendOffsets512<size>{});
     });
 }
 
 bool supported() {
-    return has_avx512() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
+    return has_avx512() && has_vbmi() && __builtin_cpu_supports("avx512bf16");
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
 // AVX-512 with VNNI and VBMI: activations rounded to int8, one scale a token; the sums over four inputs are integers.
-// Compiled with -mavx512{f,bw,dq,vl,vnni,vbmi}. Group sizes from 16 on.
+// Compiled with -mavx512{f,bw,dq,vl,vnni,vbmi,vbmi2} -mbmi2. Group sizes from 16 on.
 #include "avx512.h"
 
 namespace gqsa::cpu {
@@ -40,12 +40,13 @@ struct Multiply {
     static GQSA_INLINE void run(const Call& call, const Row& row, int64_t token, float* sums) {
         const Weight& weight = call.weight;
         const char* x = static_cast<const char*>(call.x) + token * 16;
+        const int64_t bytes = bytes_per_offset<Tokens, uint8_t>(call);
         const __m512i nibble = _mm512_set1_epi8(15), middle = _mm512_set1_epi8(static_cast<char>(128));
         __m512 totals[2][Tokens];
         for (auto& total : totals) {
             for (__m512& lanes : total) lanes = _mm512_setzero_ps();
         }
-        for_chunks(row, [&](auto whole, int64_t chunk, const uint32_t* offsets) GQSA_INLINE_LAMBDA {
+        for_chunks(row, [&](auto whole, int64_t chunk, const uint16_t* offsets) GQSA_INLINE_LAMBDA {
             const __m256i scale_zero = load_scale_zero<G, whole, Tokens>(weight, chunk, row);
             const __m512 scales = scales_of(scale_zero);
             const __m512i zeros = _mm512_castsi256_si512(_mm256_and_si256(scale_zero, _mm256_set1_epi16(15)));
@@ -65,14 +66,14 @@ struct Multiply {
                     // The instruction wants one operand unsigned: x + 128, and 128 * w is taken off again.
                     const __m512i start = _mm512_sub_epi32(_mm512_setzero_si512(),
                                                            _mm512_dpbusd_epi32(_mm512_setzero_si512(), middle, w));
-                    const uint32_t* at = offsets + block * 8 + 2 * pair;
+                    const uint16_t* at = offsets + block * 8 + 2 * pair;
 #pragma GCC unroll 8
                     for (int m = 0; m < Tokens; ++m) {
                         const char* xm = x + m * 16;
-                        __m512i both = _mm512_castsi128_si512(load(xm + at[0]));
-                        both = _mm512_mask_broadcast_i32x4(both, 0x00F0, load(xm + at[1]));
-                        both = _mm512_mask_broadcast_i32x4(both, 0x0F00, load(xm + at[4]));
-                        both = _mm512_mask_broadcast_i32x4(both, 0xF000, load(xm + at[5]));
+                        __m512i both = _mm512_castsi128_si512(load(xm + at[0] * bytes));
+                        both = _mm512_mask_broadcast_i32x4(both, 0x00F0, load(xm + at[1] * bytes));
+                        both = _mm512_mask_broadcast_i32x4(both, 0x0F00, load(xm + at[4] * bytes));
+                        both = _mm512_mask_broadcast_i32x4(both, 0xF000, load(xm + at[5] * bytes));
                         const __m512 products = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(start, both, w));
                         totals[pair][m] = _mm512_fmadd_ps(products, scale, totals[pair][m]);
                     }
@@ -88,14 +89,14 @@ struct Multiply {
     static __m128i load(const char* x) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(x)); }
 };
 
-void multiply(const Call& call, int64_t begin, int64_t end, uint32_t* offsets) {
+void multiply(const Call& call, int64_t begin, int64_t end, uint16_t* offsets) {
     for_group_size(call.weight.group_size, [&](auto size) {
-        if constexpr (size >= 16) for_rows<Multiply, size>(call, begin, end, offsets, 1, AppendOffsetsAvx<size>{});
+        if constexpr (size >= 16) for_rows<Multiply, size>(call, begin, end, offsets, AppendOffsets512<size>{});
     });
 }
 
 bool supported() {
-    return has_avx512() && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
+    return has_avx512() && has_vbmi() && __builtin_cpu_supports("avx512vnni");
 }
 
 }  // namespace

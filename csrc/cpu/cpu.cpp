@@ -84,7 +84,7 @@ void multiply(const Kernel& kernel, const Call& call, int64_t threads, ParallelF
         const auto cut = [&](int64_t at) {
             return first_row(weight.crow_indices, weight.rows, shares, at, kRowMultiple, kRowCost);
         };
-        std::vector<uint32_t> offsets(static_cast<size_t>(2 * offsets_size(weight.in_features)));
+        std::vector<uint16_t> offsets(static_cast<size_t>(2 * offsets_size(weight.in_features)));
         kernel.multiply(call, cut(share), cut(share + 1), offsets.data());
     });
 }

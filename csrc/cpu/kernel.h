@@ -51,7 +51,7 @@ struct Kernel {
     Operand operand;
     int token_multiple;  // what the number of tokens in x is rounded up to, if it is more than one
     // Rows begin..end of y; `offsets` is scratch memory for two rows, offsets_size(in_features) each.
-    void (*multiply)(const Call&, int64_t begin, int64_t end, uint32_t* offsets);
+    void (*multiply)(const Call&, int64_t begin, int64_t end, uint16_t* offsets);
     // Rows begin..end of the dense weight, to [end - begin, in_features].
     void (*dequantize)(const Weight&, int64_t begin, int64_t end, Dtype, void* out);
 };

@@ -9,6 +9,7 @@ struct Multiply {
     static void run(const Call& call, const Row& row, int64_t token, float* sums) {
         constexpr int length = unit_size(G), parts = units_per_group(G);
         const Weight& weight = call.weight;
+        const int64_t bytes = bytes_per_offset<Tokens, float>(call);
         float lanes[Tokens][16] = {};
         for (int64_t unit = row.begin; unit < row.end; ++unit) {
             const uint16_t scale_zero = weight.scale_zero[unit / parts];
@@ -17,7 +18,7 @@ struct Multiply {
             const int64_t whole = G < 16 ? unit / 2 : unit;
             const int shift = 4 * (whole >> 1 & 3);
             const uint16_t* words = weight.words + (whole >> 3) * 32 + (whole & 1) * 16 + (G < 16 ? (unit & 1) * 8 : 0);
-            const char* x = static_cast<const char*>(call.x) + row.offsets[unit - (row.begin & ~15)];
+            const char* x = static_cast<const char*>(call.x) + row.offsets[unit - (row.begin & ~15)] * bytes;
             float values[length];
             for (int i = 0; i < length; ++i) values[i] = scale * static_cast<float>((words[i] >> shift & 15) - zero);
             for (int m = 0; m < Tokens; ++m) {
@@ -35,9 +36,9 @@ struct Multiply {
     }
 };
 
-void multiply(const Call& call, int64_t begin, int64_t end, uint32_t* offsets) {
+void multiply(const Call& call, int64_t begin, int64_t end, uint16_t* offsets) {
     for_group_size(call.weight.group_size, [&](auto size) {
-        for_rows<Multiply, size>(call, begin, end, offsets, sizeof(float), AppendOffsets<size>{});
+        for_rows<Multiply, size>(call, begin, end, offsets, AppendOffsets<size>{});
     });
 }
 

@@ -35,25 +35,33 @@ constexpr SetBits set_bits() {
 
 constexpr SetBits kSetBits = set_bits();
 
-// Appends to `out` where the activations of each unit of a row are, in bytes from Call::x. Eight groups at a time and
-// without a branch, since which are kept is hard to foretell: up to 8 * units_per_group(G) numbers too many are written.
+// Appends the offsets of a row's units to `out`: half of the column that each begins with, so that 16 bits do. Eight groups
+// at a time and without a branch, since which are kept is hard to foretell: up to 8 * units_per_group(G) numbers too many are
+// written.
 template <int G>
 struct AppendOffsets {
-    GQSA_INLINE uint32_t* operator()(const Weight& weight, int64_t row, uint32_t stride, uint32_t* out) const {
-        constexpr int parts = units_per_group(G);
+    GQSA_INLINE uint16_t* operator()(const Weight& weight, int64_t row, uint16_t* out) const {
+        constexpr int parts = units_per_group(G), step = unit_size(G) / 2;
         const uint8_t* mask = weight.group_mask + row * weight.mask_stride;
         for (int64_t byte = 0; byte < weight.mask_stride; ++byte) {
             const uint8_t* set = kSetBits.of[mask[byte]];
-            const uint32_t first = static_cast<uint32_t>(byte) * 8 * parts * stride;
             for (int i = 0; i < 8; ++i) {
-                const uint32_t group = first + set[i] * parts * stride;
-                for (int part = 0; part < parts; ++part) out[i * parts + part] = group + part * stride;
+                const int64_t unit = (byte * 8 + set[i]) * parts;
+                for (int part = 0; part < parts; ++part) {
+                    out[i * parts + part] = static_cast<uint16_t>((unit + part) * step);
+                }
             }
             out += __builtin_popcount(mask[byte]) * parts;
         }
         return out;
     }
 };
+
+// Bytes of prepared activations to each 1 of an offset. A single token is never one of several.
+template <int Tokens, class Element>
+GQSA_INLINE int64_t bytes_per_offset(const Call& call) {
+    return static_cast<int64_t>(2 * sizeof(Element)) * (Tokens == 1 ? 1 : call.padded_tokens);
+}
 
 template <int G, class T, class Round>
 inline void dequantize_row(const Weight& weight, int64_t row, T* out, Round round) {
@@ -123,11 +131,11 @@ inline void for_tokens(int64_t tokens, F f) {
     }
 }
 
-// A row of the weight: its units [begin, end), counted over the whole matrix, and where the activations of the 16 units
-// of each chunk that it touches are, in bytes from Call::x; those of units outside of the row are zeros.
+// A row of the weight: its units [begin, end), counted over the whole matrix, and the offsets of the 16 units of each chunk
+// that it touches; those of units outside of the row lead to zeros.
 struct Row {
     int64_t begin, end;
-    const uint32_t* offsets;
+    const uint16_t* offsets;
 
     bool holds_chunk(int64_t chunk) const { return chunk * 16 >= begin && chunk * 16 + 16 <= end; }
     // Whether any of the eight units from `first` on is the row's.
@@ -138,21 +146,21 @@ struct Row {
 // the other: with several in turn, memory is read in more places at once, and up to three times as slowly. Never inlined:
 // the code for all numbers of tokens in one function would spill registers.
 template <class Multiply, int G, int Tokens, class Append>
-__attribute__((noinline)) void run_rows(const Call& call, int64_t begin, int64_t end, int64_t token, uint32_t* offsets,
-                                        uint32_t element, Append append) {
+__attribute__((noinline)) void run_rows(const Call& call, int64_t begin, int64_t end, int64_t token, uint16_t* offsets,
+                                        Append append) {
     const Weight& weight = call.weight;
-    const uint32_t stride = static_cast<uint32_t>(call.padded_tokens) * unit_size(G) * element;
-    const uint32_t zeros = static_cast<uint32_t>(weight.in_features / unit_size(G)) * stride;
-    const auto offsets_of = [&](int64_t r, uint32_t* at) GQSA_INLINE_LAMBDA {
+    const uint16_t zeros = static_cast<uint16_t>(weight.in_features / 2);
+    const auto offsets_of = [&](int64_t r, uint16_t* at) GQSA_INLINE_LAMBDA {
         const Row row{int64_t{weight.crow_indices[r]} * units_per_group(G),
                       int64_t{weight.crow_indices[r + 1]} * units_per_group(G), at};
-        for (int64_t before = row.begin & 15; before; --before) *at++ = zeros;
-        at = append(weight, r, stride, at);
-        for (int after = 0; after < 16; ++after) *at++ = zeros;
+        // As many as there may be: a loop that ends sooner or later is one more branch that is hard to foretell.
+        for (int before = 0; before < 16; ++before) at[before] = zeros;
+        at = append(weight, r, at + (row.begin & 15));
+        for (int after = 0; after < 16; ++after) at[after] = zeros;
         return row;
     };
     // A row's offsets are made before the row in front of it is multiplied, so that none are read just after.
-    uint32_t* const buffers[2] = {offsets, offsets + offsets_size(weight.in_features)};
+    uint16_t* const buffers[2] = {offsets, offsets + offsets_size(weight.in_features)};
     Row next{};
     if (begin < end) next = offsets_of(begin, buffers[begin & 1]);
     for (int64_t r = begin; r < end; ++r) {
@@ -164,13 +172,12 @@ __attribute__((noinline)) void run_rows(const Call& call, int64_t begin, int64_t
     }
 }
 
-// Runs Multiply for all rows and tokens. `element` is the size of a prepared activation; `append` is an AppendOffsets or a
-// faster twin.
+// Runs Multiply for all rows and tokens; `append` is an AppendOffsets or a faster twin.
 template <class Multiply, int G, class Append>
-inline void for_rows(const Call& call, int64_t begin, int64_t end, uint32_t* offsets, uint32_t element, Append append) {
+inline void for_rows(const Call& call, int64_t begin, int64_t end, uint16_t* offsets, Append append) {
     if (call.tokens <= kTokenBlock) {
         for_tokens(call.tokens, [&](auto tokens) {
-            run_rows<Multiply, G, tokens>(call, begin, end, 0, offsets, element, append);
+            run_rows<Multiply, G, tokens>(call, begin, end, 0, offsets, append);
         });
         return;
     }
@@ -181,7 +188,7 @@ inline void for_rows(const Call& call, int64_t begin, int64_t end, uint32_t* off
     for (int64_t r = begin; r < end; ++r) {
         const auto run_block = [&](int64_t token, int64_t count) {
             for_tokens(count, [&](auto tokens) {
-                run_rows<Multiply, G, tokens>(call, r, r + 1, token, offsets, element, append);
+                run_rows<Multiply, G, tokens>(call, r, r + 1, token, offsets, append);
             });
         };
         run_block(0, first);

@@ -61,6 +61,11 @@ def test_word_i_of_half_h_holds_code_i_of_four_units():
     assert torch.equal(PackedMatrix.pack(weight).qweight.int() & 0xFFFF, expected)
 
 
+def test_a_matrix_too_wide_to_number_is_refused():
+    with pytest.raises(ValueError, match=r"\[1, 131072\] is too wide for the CPU kernels: they number 131070 columns"):
+        PackedMatrix.pack(random_matrix(1, 131072, 128, 0.01))
+
+
 def test_packed_bytes_are_those_of_the_checkpoint():
     weight = GroupSparseMatrix.synthesize(576, 576)
     packed = sum(t.nbytes for t in PackedMatrix.pack(weight).tensors().values())
@@ -103,6 +108,20 @@ def test_exact_in_float32(kernel, group_size):
         x, bias = inputs(tokens, weight, dtype)
         y = linear_cpu(x, PackedMatrix.pack(weight), bias, kernel)
         assert relative_error(y, x, weight, bias) < LIMITS[dtype]
+
+
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+@pytest.mark.parametrize("kernel", EXACT)
+def test_the_widest_matrix(kernel, group_size):
+    dtype = torch.bfloat16 if kernel == "avx512_bf16" else torch.float32
+    if not can_run(kernel, dtype, group_size):
+        pytest.skip("not this group size")
+    weight = uneven_matrix(3, 131070 // group_size * group_size, group_size, 0)
+    for tokens in (1, 16):
+        x, bias = inputs(tokens, weight, dtype)
+        y = linear_cpu(x, PackedMatrix.pack(weight), bias, kernel)
+        # More numbers are added up in float32 than elsewhere here.
+        assert relative_error(y, x, weight, bias) < max(1e-5, LIMITS[dtype])
 
 
 @pytest.mark.parametrize("kernel", EXACT)

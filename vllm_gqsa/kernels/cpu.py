@@ -19,6 +19,8 @@ _logger = logging.getLogger(__name__)
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _BLOCK_BYTES = 64
+# They count pairs of columns in 16 bits.
+_MAX_FEATURES = 2 * 0xFFFF
 """Bytes of codes in a block of the layout, see csrc/cpu/kernel.h."""
 
 _DENSE_FROM = {"portable": 2, "avx2": 8}
@@ -152,7 +154,16 @@ class PackedMatrix:
 
     @classmethod
     def pack(cls, matrix: GroupSparseMatrix) -> "PackedMatrix":
-        """Copy a valid matrix on the CPU; every thread writes what it will read, for machines with NUMA."""
+        """Copy a valid matrix on the CPU; every thread writes what it will read, for machines with NUMA.
+
+        Raises:
+            ValueError: it has more columns than the kernels can number.
+        """
+        if matrix.in_features > _MAX_FEATURES:
+            raise ValueError(
+                f"a matrix [{matrix.out_features}, {matrix.in_features}] is too wide for the CPU kernels: they number "
+                f"{_MAX_FEATURES} columns"
+            )
         blocks = -(-matrix.qweight.numel() // _BLOCK_BYTES)
         packed = cls(
             crow_indices=matrix.crow_indices.contiguous(),
