@@ -41,16 +41,17 @@ struct AppendOffsets512 {
                 offset = _mm512_add_epi16(offset, _mm512_set1_epi16(32 * 8));
             }
         };
-        int64_t byte = 0;
-        for (; byte + 4 <= weight.mask_stride; byte += 4) {
+        const auto load = [&](int64_t byte) GQSA_INLINE_LAMBDA {
             uint32_t kept;
             std::memcpy(&kept, mask + byte, sizeof kept);
-            add(kept);
-        }
-        if (byte < weight.mask_stride) {
-            uint32_t kept = 0;
-            std::memcpy(&kept, mask + byte, static_cast<size_t>(weight.mask_stride - byte));
-            add(kept);
+            return kept;
+        };
+        const int64_t rest = weight.mask_stride & 3, whole = weight.mask_stride - rest;
+        for (int64_t byte = 0; byte < whole; byte += 4) add(load(byte));
+        if (rest && whole) {  // some of the bytes before once more, since none may be read behind
+            add(load(weight.mask_stride - 4) >> (32 - 8 * rest));
+        } else if (rest) {
+            add(mask[0] | (rest > 1 ? mask[1] << 8 : 0) | (rest > 2 ? mask[2] << 16 : 0));
         }
         return out;
     }
@@ -58,8 +59,11 @@ struct AppendOffsets512 {
 #endif
 
 inline uint32_t ones(int64_t from, int64_t to) {  // bits from..to - 1 of 16, clamped
-    const uint32_t below = to >= 16 ? 0xFFFF : to <= 0 ? 0 : (1u << to) - 1;
-    return from <= 0 ? below : from >= 16 ? 0 : below >> from << from;
+    const auto below = [](int64_t bit) {
+        const int64_t positive = bit < 0 ? 0 : bit;
+        return (1u << (positive > 16 ? 16 : positive)) - 1;
+    };
+    return below(to) & ~below(from);
 }
 
 // The 16-bit words of the 16 units of a chunk, 0 for those outside of the row: scale 0 and zero point 0.
