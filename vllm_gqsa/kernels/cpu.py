@@ -112,7 +112,7 @@ def choose_kernel(dtype: torch.dtype, group_size: int, activations: str = "") ->
     if activations == "int8":
         if "avx512_vnni" in names and group_size >= 16:
             return "avx512_vnni"
-        reason = "group_size 8" if group_size < 16 else "a processor without AVX-512 VNNI and VBMI"
+        reason = "group_size 8" if group_size < 16 else "a processor without AVX-512 VNNI, VBMI and VBMI2"
         _logger.warning("GQSA_CPU_ACT=int8 has no effect with %s; activations keep their dtype", reason)
     if dtype == torch.bfloat16 and "avx512_bf16" in names and group_size >= 16:
         return "avx512_bf16"
