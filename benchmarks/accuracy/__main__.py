@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks.accuracy.methods import Budget, methods, select
 from benchmarks.accuracy.report import markdown, plot
-from benchmarks.accuracy.run import Bench, Score
+from benchmarks.accuracy.run import Bench, Measured, Score
 from benchmarks.demo.errors import DemoError
 from benchmarks.demo.model import MODEL, find_gguf, write_dense_model, write_texts
 from benchmarks.errors import BenchmarkError
@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
         bench, name = prepare(options)
         path = options.results / f"accuracy-{slug(name)}.json"
         for method in rows:
-            _add(path, name, options.budget, bench.row(method))
+            _add(path, name, options.budget, bench.measure(method))
         print(publish(path))
     except (BenchmarkError, DemoError, InputError) as error:
         print(f"accuracy: {error}", file=sys.stderr)
@@ -128,18 +128,24 @@ def _same_as_before(path: Path, asked: dict[str, Any]) -> None:
     write_json(path, asked)
 
 
-def _add(path: Path, name: str, budget: Budget, row: dict[str, Any]) -> None:
-    """Put a method's row into the results; those of other methods stay."""
-    document: dict[str, Any] = {"methods": []}
+def _add(path: Path, name: str, budget: Budget, measured: Measured) -> None:
+    """Put a method's rows into the results; those of other methods stay."""
+    document: dict[str, Any] = {"rows": [], "tasks": []}
     if path.exists():
         document = json.loads(path.read_text("utf-8"))
     order = [method.name for method in methods(budget)]
-    others = [other for other in document["methods"] if other["method"] != row["method"]]
-    rows = sorted([*others, row], key=lambda each: order.index(each["method"]) if each["method"] in order else 999)
+
+    def place(row: dict[str, Any]) -> int:
+        return order.index(row["method"]) if row["method"] in order else len(order)
+
+    def merged(key: str, found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        others = [row for row in document[key] if row["method"] != measured.method["method"]]
+        return sorted([*others, *(measured.method | row for row in found)], key=place)
+
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {
         "model": name, "budget": vars(budget), "date": f"{datetime.now(UTC):%Y-%m-%dT%H:%MZ}", "versions": versions(),
-        "methods": rows,
+        "rows": merged("rows", measured.scores), "tasks": merged("tasks", measured.tasks),
     })  # fmt: skip
 
 

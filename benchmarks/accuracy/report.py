@@ -29,10 +29,20 @@ def markdown(document: Row) -> str:
         f"{document['date']}; " + ", ".join(f"{name} {version}" for name, version in document["versions"].items()),
     ]
     for name in ("main", *ABLATIONS):
-        rows = [row for row in document["methods"] if name in row["tables"]]
+        rows = _methods(document, name)
         if len(rows) > (name != "main"):  # an ablation of one row says nothing
             lines += ["", f"## {name.capitalize()}", "", *_table(rows)]
     return "\n".join(lines) + "\n"
+
+
+def _methods(document: Row, table: str) -> list[Row]:
+    """One row a method, with its ``scores`` and ``tasks``, of those that stand in a table."""
+    found: dict[str, Row] = {}
+    for kind, key in (("scores", "rows"), ("tasks", "tasks")):
+        for row in document[key]:
+            if table in row["tables"]:
+                found.setdefault(row["method"], row | {"scores": [], "tasks": []})[kind].append(row)
+    return list(found.values())
 
 
 def _table(rows: list[Row]) -> list[str]:
@@ -61,7 +71,7 @@ def _accuracy(task: Row) -> str:
 
 
 def plot(document: Row, path: Path) -> None:
-    """Write a picture of the main rows: perplexity on the first text against bits a weight.
+    """Write a picture of the main rows: perplexity, on the text that most of them have, against bits a weight.
 
     Args:
         document: as written to JSON.
@@ -73,19 +83,20 @@ def plot(document: Row, path: Path) -> None:
     import matplotlib.pyplot as plt  # noqa: PLC0415
 
     figure, axis = plt.subplots(figsize=(9, 6))
-    rows = [row for row in document["methods"] if "main" in row["tables"] and row["scores"]]
-    for row in rows:
-        score = row["scores"][0]
+    rows = _methods(document, "main")
+    labels = [_label(score) for row in rows for score in row["scores"]]
+    text = max(labels, key=labels.count, default="")
+    found = [(row, score["perplexity"]) for row in rows for score in row["scores"] if _label(score) == text]
+    for row, perplexity in found:
         if row["bits_per_weight"] == 16:
-            axis.axhline(score["perplexity"], color="gray", linestyle=":", label="dense")
+            axis.axhline(perplexity, color="gray", linestyle=":", label="dense")
             continue
         ours = row["method"].startswith(("W4S", "GQSA"))
-        axis.scatter(row["bits_per_weight"], score["perplexity"], color="tab:blue" if ours else "tab:orange")
-        axis.annotate(row["method"], (row["bits_per_weight"], score["perplexity"]), xytext=(4, 4),
+        axis.scatter(row["bits_per_weight"], perplexity, color="tab:blue" if ours else "tab:orange")
+        axis.annotate(row["method"], (row["bits_per_weight"], perplexity), xytext=(4, 4),
                       textcoords="offset points", fontsize=8)  # fmt: skip
-    axis.set(xlabel="bits a weight, all included", ylabel="perplexity", yscale="log", title=document["model"])
-    if rows:
-        axis.set_title(f"{document['model']}: {_label(rows[0]['scores'][0])}")
+    axis.set(xlabel="bits a weight, all included", ylabel="perplexity", yscale="log")
+    axis.set_title(f"{document['model']}: {text}")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)

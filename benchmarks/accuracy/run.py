@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from vllm_gqsa.offline.recipe import Recipe
 from vllm_gqsa.offline.source import DenseModel
 from vllm_gqsa.offline.text import TextSource
 
-__all__ = ["Bench", "Score"]
+__all__ = ["Bench", "Measured", "Score"]
 
 Say = Callable[[str], None]
 
@@ -46,6 +45,21 @@ class Score:
     text: Path
     context: int
     windows: int | None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What is known of a method's model.
+
+    Attributes:
+        method: name, tables, bits a weight, tokens trained on, minutes, machine.
+        scores: all perplexities that were ever measured of it, with text, context, windows and tokens.
+        tasks: the accuracies.
+    """
+
+    method: dict[str, Any]
+    scores: list[dict[str, Any]]
+    tasks: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -74,11 +88,8 @@ class Bench:
     device: str
     say: Say
 
-    def row(self, method: Method) -> dict[str, Any]:
+    def measure(self, method: Method) -> Measured:
         """Make and score a method's model.
-
-        Returns:
-            What stands in the JSON for it, a list ``scores`` among it.
 
         Raises:
             BenchmarkError: a step failed.
@@ -91,10 +102,13 @@ class Bench:
             "method": method.name, "tables": list(method.tables), "bits_per_weight": bits,
             "tokens_trained": method.tokens, "minutes": _minutes(place), "machine": processor(),
         }  # fmt: skip
-        return facts | {
-            "scores": [self._score(place, model, score) for score in self.scores],
-            "tasks": self._tasks(place, model),
-        }
+        for score in self.scores:
+            self._score(place, model, score)
+        for task in self.tasks:
+            self._task(place, model, task)
+        scores, labels = _found(place, "ppl-*.json"), [score.label for score in self.scores]
+        scores.sort(key=lambda score: labels.index(score["text"]) if score["text"] in labels else len(labels))
+        return Measured(facts, scores, _found(place, "task-*.json"))
 
     def _make(self, method: Method, place: Path) -> tuple[Path, float]:
         """The model's folder, and bits a weight of its compressed linears."""
@@ -150,7 +164,7 @@ class Bench:
         calibration, training, *_ = split_text(job, DenseModel(str(self.model)))
         return calibration, training
 
-    def _score(self, place: Path, model: Path, score: Score) -> dict[str, Any]:
+    def _score(self, place: Path, model: Path, score: Score) -> None:
         name = f"ppl-{score.label}-{score.context}-{score.windows or 'all'}.json"
         asked = ["--max-windows", str(score.windows)] if score.windows else []
 
@@ -162,15 +176,15 @@ class Bench:
             kept = {key: found[key] for key in ("perplexity", "tokens", "windows", "context")}
             return {"text": score.label, **kept}
 
-        return _once(place / name, measure)
+        _once(place / name, measure)
 
-    def _tasks(self, place: Path, model: Path) -> list[dict[str, Any]]:
+    def _task(self, place: Path, model: Path, task: Path) -> None:
         asked = ["--limit", str(self.limit)] if self.limit else []
 
-        def measure(task: Path) -> dict[str, Any]:
+        def measure() -> dict[str, Any]:
             return dict(_gqsa_json("eval", str(model), "--task", str(task), "--device", self.device, *asked))
 
-        return [_once(place / f"task-{t.stem}-{self.limit or 'all'}.json", partial(measure, t)) for t in self.tasks]
+        _once(place / f"task-{task.stem}-{self.limit or 'all'}.json", measure)
 
     def _progress(self, what: str) -> Callable[[int, int], None]:
         def progress(done: int, total: int) -> None:
@@ -195,14 +209,14 @@ def _minutes(place: Path) -> float:
     return float(json.loads(path.read_text("utf-8"))["minutes"]) if path.exists() else 0.0
 
 
-def _once(path: Path, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What the file holds, or what is measured now and written there."""
-    if path.exists():
-        found: dict[str, Any] = json.loads(path.read_text("utf-8"))
-        return found
-    found = measure()
-    write_json(path, found)
-    return found
+def _once(path: Path, measure: Callable[[], dict[str, Any]]) -> None:
+    """Write what is measured, unless it was."""
+    if not path.exists():
+        write_json(path, measure())
+
+
+def _found(place: Path, pattern: str) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text("utf-8")) for path in sorted(place.glob(pattern))]
 
 
 def _gqsa(*arguments: str) -> None:

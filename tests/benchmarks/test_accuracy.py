@@ -107,10 +107,10 @@ def test_the_whole_command(run, capsys):
     only = r"dense|W4S50 G16|GPTQ W3 g64|W3 g64 \+ distillation"
     status, document = run(only)
     assert status == 0, capsys.readouterr().err
-    rows = {row["method"]: row for row in document["methods"]}
+    rows = {row["method"]: row for row in document["rows"]}
     assert list(rows) == ["dense", "W4S50 G16", "GPTQ W3 g64", "W3 g64 + distillation"]
     assert run.calls == ["gptq-w3"]  # once, for two rows
-    perplexities = {name: row["scores"][0]["perplexity"] for name, row in rows.items()}
+    perplexities = {name: row["perplexity"] for name, row in rows.items()}
     assert all(math.isfinite(value) for value in perplexities.values())
     assert len(set(perplexities.values())) == 4
     assert [row["tokens_trained"] for row in rows.values()] == [0, 320, 0, 320]
@@ -118,7 +118,10 @@ def test_the_whole_command(run, capsys):
     assert (run.folder / "accuracy-llama.md").read_text() in capsys.readouterr().out
     assert (run.folder / "accuracy-llama.png").stat().st_size > 5000
 
-    assert run(only)[1]["methods"] == document["methods"]  # nothing is made or measured again
+    windows = [row["windows"] for row in run("dense", "--windows", "3")[1]["rows"] if row["method"] == "dense"]
+    assert windows == [3, 6]  # what was measured before stays
+
+    assert run(only)[1]["rows"][2:] == document["rows"][1:]  # nothing is made or measured again
     assert run.calls == ["gptq-w3"]
     status, _ = run(only, "--tokens", "640")
     assert status == 1
@@ -139,14 +142,14 @@ def test_peers_get_the_windows_that_our_own_methods_get(dense, text):  # noqa: F
 
 
 def test_report_of_rows_with_different_scores(tmp_path):
-    def row(name, tables, **scores):
-        found = [{"text": t, "context": 64, "tokens": 63, "perplexity": p} for t, p in scores.items()]
-        return {"method": name, "tables": tables, "bits_per_weight": 2.57, "scores": found, "tokens_trained": 9,
-                "tasks": [{"task": "piqa", "acc": 0.6, "acc_norm": 0.625}], "minutes": 1.0}  # fmt: skip
+    def rows(name, tables, **scores):
+        facts = {"method": name, "tables": tables, "bits_per_weight": 2.57, "tokens_trained": 9, "minutes": 1.0}
+        return [facts | {"text": t, "context": 64, "tokens": 63, "perplexity": p} for t, p in scores.items()]
 
+    a, b = rows("a", ["main", "scope"], wiki=20.0), rows("b", ["main", "scope", "stages"], wiki=30.0, web=40.0)
     document = {
         "model": "m", "date": "today", "versions": {"torch": "2"}, "budget": {"samples": 1, "context": 2, "tokens": 3},
-        "methods": [row("a", ["main", "scope"], wiki=20.0), row("b", ["main", "scope", "stages"], wiki=30.0, web=40.0)],
+        "rows": a + b, "tasks": [{**row, "task": "piqa", "acc": 0.6, "acc_norm": 0.625} for row in (a[0], b[0])],
     }  # fmt: skip
     lines = markdown(document).splitlines()
     assert "| a | 2.57 | 20.0 | – | 62.5 % | 9 | 1 |" in lines
