@@ -11,11 +11,13 @@ from vllm_gqsa.format import GroupSparseMatrix
 from vllm_gqsa.offline.recipe import Recipe
 from vllm_gqsa.offline.stream import BlockRunner
 
-__all__ = ["BlockContext", "BlockStage", "CompressedBlock", "Matrices", "install"]
+__all__ = ["BlockContext", "BlockStage", "CompressedBlock", "Matrices", "install", "scale_of_errors"]
 
 Matrices = dict[str, GroupSparseMatrix]
 _HELD_OUT = 8
 """One window in this many judges the result and is not trained on."""
+_MASSIVE = 100.0
+"""From how many times the median on an output's mean square is massive."""
 
 
 @dataclass
@@ -45,6 +47,25 @@ def install(module: nn.Module, prefix: str, state: CompressedBlock) -> None:
         module.get_parameter(name.removeprefix(prefix)).copy_(value)
 
 
+def scale_of_errors(update: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """What a position's squared error is relative to, so that each position counts about the same.
+
+    That is what the block adds, but nowhere next to nothing. A few positions of a sequence, its first among them, carry
+    massive activations, which one block makes and all later ones pass on: beside their errors, what a later block adds
+    there is nothing, and one of them would outweigh all other positions. There it is the output.
+
+    Args:
+        update: float32 ``[windows, context]``, mean square of what the dense block adds to its input.
+        targets: float32 ``[windows, context, hidden_size]``, what the dense block gives.
+
+    Returns:
+        Float32 ``[windows, context]``.
+    """
+    outputs = torch.stack([window.square().mean(-1) for window in targets])
+    massive = outputs > _MASSIVE * outputs.median()
+    return torch.where(massive, outputs, update.clamp(min=0.01 * float(update.median())))
+
+
 @dataclass
 class BlockContext:
     """What a stage may use of the block in hand.
@@ -57,7 +78,7 @@ class BlockContext:
         prefix: what stands before the local names, with a dot at the end.
         inputs: hidden states ``[windows, context, hidden_size]`` that the compressed model feeds it.
         targets: hidden states of the same shape: the dense block's output on what the dense model feeds it.
-        update: float32 ``[windows, context]``, mean square of what the dense block adds to its input.
+        error_scale: float32 ``[windows, context]``, see :func:`scale_of_errors`.
         recipe: the settings.
         batch: windows at a time.
         device: where to compute.
@@ -72,7 +93,7 @@ class BlockContext:
     prefix: str
     inputs: torch.Tensor
     targets: torch.Tensor
-    update: torch.Tensor
+    error_scale: torch.Tensor
     recipe: Recipe
     batch: int
     device: torch.device
@@ -81,8 +102,6 @@ class BlockContext:
 
     def __post_init__(self) -> None:
         self.local = {name: name.removeprefix(self.prefix) for group in self.linears for name in group}
-        # A position to which the block adds next to nothing must not outweigh the others.
-        self.update = self.update.clamp(min=0.01 * float(self.update.median()))
 
     @property
     def windows(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -98,12 +117,12 @@ class BlockContext:
 
     @torch.no_grad()
     def error(self) -> float:
-        """Mean squared error of the block's output relative to the dense block's update, over the judging windows."""
+        """Mean squared error of the block's output, relative to ``error_scale``, over the judging windows."""
         total, count = 0.0, 0
         for part in self.batches(self.windows[1]):
             out = self.block(self.inputs[part].to(self.device)).float()
             squares = (out - self.targets[part].to(self.device)).square().mean(-1)
-            total += float((squares / self.update[part].to(self.device)).double().sum())
+            total += float((squares / self.error_scale[part].to(self.device)).double().sum())
             count += squares.numel()
         return total / count
 

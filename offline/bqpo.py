@@ -100,7 +100,7 @@ def _loss(
         if settings.loss == "token":
             squares = squares / targets.square().mean(-1)
         elif settings.loss == "update":
-            squares = squares / context.update[part].to(context.device)
+            squares = squares / context.error_scale[part].to(context.device)
         loss = squares.sum() / positions
         if backward:
             loss.backward()

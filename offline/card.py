@@ -168,7 +168,7 @@ def _worst_sentence(worst: dict[str, float]) -> str:
     if not worst:
         return ""
     listed = ", ".join(f"`{name}` {error:.3g}" for name, error in worst.items())
-    return f"Largest relative errors of a linear's output right after one-shot pruning: {listed}. "
+    return f"Largest relative errors of a linear's output after the last stage: {listed}. "
 
 
 def _head_sentence(head: dict[str, Any] | None) -> str:

@@ -190,7 +190,7 @@ def compress(
         ignore=ignore and tuple(ignore),
     )  # fmt: skip
     job = Job(
-        model=model, output=output, recipe=chosen, recipe_name=recipe,
+        model=model, output=output, recipe=chosen,
         calibration=TextSource(calibration, split, column),
         evaluation=None if eval_text is None else TextSource(eval_text, eval_split, column),
         evaluation_windows=eval_windows, device=device, batch=batch, memory=1e9 * memory, restart=restart,

@@ -243,17 +243,21 @@ class _Pruning:
     def _note(self, linear: MaskedLinear, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         """Forward hook that adds the squares of a linear's inputs and of the gradients of its outputs.
 
-        Where blocks are recomputed it sees all inputs twice, which leaves their order as it is.
+        Both when the gradient comes: a block that is recomputed in the backward pass sees its inputs twice, but only
+        its first outputs get gradients.
         """
 
-        def note(square: torch.Tensor, weight: float, values: torch.Tensor) -> None:
+        def squares(values: torch.Tensor) -> torch.Tensor:
             # An OPT's feed-forward layer gets its inputs flattened.
-            square.add_(values.detach().float().flatten(0, -2).square().sum(0), alpha=weight)
+            return values.detach().float().flatten(0, -2).square().sum(0)
+
+        def add(of_inputs: torch.Tensor, gradient: torch.Tensor) -> None:
+            linear.input_square.add_(of_inputs, alpha=weights[0])
+            linear.gradient_square.add_(squares(gradient), alpha=weights[1])
 
         if output.requires_grad:
-            of_input, of_gradient = self._weights
-            note(linear.input_square, of_input, args[0])
-            output.register_hook(functools.partial(note, linear.gradient_square, of_gradient))
+            weights = self._weights
+            output.register_hook(functools.partial(add, squares(args[0])))
 
     def state(self) -> list[tuple[torch.Tensor, ...]]:
         """What the choices depend on and have led to."""

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from vllm_gqsa.offline import parallel
-from vllm_gqsa.offline.block import BlockContext, CompressedBlock, install
+from vllm_gqsa.offline.block import BlockContext, CompressedBlock, install, scale_of_errors
 from vllm_gqsa.offline.e2e import EndToEndJob, train_end_to_end
 from vllm_gqsa.offline.families import Family, family_of
 from vllm_gqsa.offline.files import PARTIAL, write_json
@@ -19,13 +20,13 @@ from vllm_gqsa.offline.head import compress_head
 from vllm_gqsa.offline.recipe import Recipe
 from vllm_gqsa.offline.source import DenseModel
 from vllm_gqsa.offline.stages import stages_of
-from vllm_gqsa.offline.stream import ModelStream, meta_model
+from vllm_gqsa.offline.stream import BlockRunner, ModelStream, meta_model, watch_inputs
 from vllm_gqsa.offline.writer import read_block, shard_paths, write_block, write_head
 
 __all__ = ["Progress", "Work", "follow", "run_passes"]
 
 _JUDGES = 8
-"""Calibration windows that the finished model's blocks are compared on."""
+"""Calibration windows that errors are measured on after training."""
 Progress = Callable[[str, int, int], None]
 """Called with the name of a phase, steps done and steps in all."""
 
@@ -97,9 +98,11 @@ class Work:
         return ModelStream(self.model, self.model.config, self.family, self.device)
 
     def allocate(self, shape: tuple[int, ...]) -> torch.Tensor:
-        """Uninitialised float32 on the CPU; in a file that has no name any more where it is large."""
+        """One of two streams of hidden states, float32, uninitialised; in a file that has no name any more where both
+        together are larger than ``memory``.
+        """
         count = torch.Size(shape).numel()
-        if 4 * count <= self.memory:
+        if 2 * 4 * count <= self.memory:
             return torch.empty(shape)
         path = self.folder / f"{PARTIAL}hidden"
         mapped = torch.from_file(str(path), shared=True, size=count).view(shape)
@@ -124,8 +127,10 @@ def run_passes(work: Work) -> list[Path]:
             _compress_blocks(work, blocks[0], names)
         else:
             _train(work, passes[number], names, blocks[number - 1] if number else None, blocks[number])
-    if stages:
-        write_json(_facts(work, "final"), {"errors": _final_errors(work, blocks[-1])})
+    for name, paths in zip(passes, blocks, strict=True):
+        trained = name in stages or work.recipe.bqpo is not None
+        if trained and not _facts(work, f"errors-{name}").exists():
+            write_json(_facts(work, f"errors-{name}"), _errors(work, paths))
     if work.head is not None:
         _compress_head(work, work.head, blocks[-1], shards[-1][len(names)])
     return shards[-1]
@@ -154,8 +159,9 @@ def _compress_blocks(work: Work, shards: list[Path], names: list[list[str]]) -> 
             step(steps[index])
         else:
             context = BlockContext(
-                index, block, linears[index], prefix, inputs, dense, update, work.recipe, work.batch, work.device, step
-            )
+                index, block, linears[index], prefix, inputs, dense, scale_of_errors(update, dense), work.recipe,
+                work.batch, work.device, step,
+            )  # fmt: skip
             state, errors = CompressedBlock(), {}
             for name, stage in stages_of(work.recipe).items():
                 state = stage(context, state)
@@ -200,20 +206,49 @@ def _job(work: Work, name: str, before: list[Path] | None) -> EndToEndJob:
     )  # fmt: skip
 
 
-def _final_errors(work: Work, shards: list[Path]) -> list[float]:
-    """Error of each block's output in the finished model, relative to the dense block's update."""
+def _errors(work: Work, shards: list[Path]) -> dict[str, Any]:
+    """Errors of the model whose blocks these are: of each block's output, see :func:`scale_of_errors`, and of each
+    compressed linear's, see :func:`_advance`.
+    """
     stream = work.stream()
     inputs = stream.embed(work.calibration[-_JUDGES:], work.batch)
     dense = inputs.clone()
-    errors = []
-    for index, path in enumerate(shards):
-        block = stream.block(index)
-        update = block.advance(dense, work.batch, work.device)
-        install(block.module, f"{work.family.blocks}.{index}.", work.block(path))
-        block.advance(inputs, work.batch, work.device)
-        squares = (inputs - dense).square().mean(-1) / update.clamp(min=0.01 * float(update.median()))
-        errors.append(float(squares.double().mean()))
-    return errors
+    errors: list[float] = []
+    modules: dict[str, float] = {}
+    for index, (path, names) in enumerate(zip(shards, work.linears(), strict=True)):
+        block, prefix = stream.block(index), f"{work.family.blocks}.{index}."
+        scale = scale_of_errors(block.advance(dense, work.batch, work.device), dense)
+        found = _advance(work, block, prefix, work.block(path), inputs)
+        errors.append(float(((inputs - dense).square().mean(-1) / scale).double().mean()))
+        modules |= {name: found[name] for name in names}
+    return {"errors": errors, "modules": modules}
+
+
+def _advance(
+    work: Work, block: BlockRunner, prefix: str, state: CompressedBlock, hidden: torch.Tensor
+) -> dict[str, float]:
+    """Run hidden states through a block once it has got its compressed weights.
+
+    Returns:
+        Of each compressed linear the squared error of its output, against the dense weight on the same inputs, relative
+        to the square of that output.
+    """
+    module = block.module
+    places = {name.removeprefix(prefix): name for name in state.matrices}
+    weights = {name: module.get_parameter(f"{place}.weight").clone() for place, name in places.items()}
+    install(module, prefix, state)
+    changes = {name: module.get_parameter(f"{place}.weight") - weights[name] for place, name in places.items()}
+    sums = {name: torch.zeros(2, dtype=torch.float64) for name in places.values()}
+
+    def note(name: str, x: torch.Tensor) -> None:
+        for i, weight in enumerate((changes[name], weights[name])):
+            sums[name][i] += nn.functional.linear(x, weight).double().square().sum().cpu()
+
+    hooks = watch_inputs(module, places, note)
+    block.advance(hidden, work.batch, work.device)
+    for hook in hooks:
+        hook.remove()
+    return {name: float(wrong / total) if total > 0 else 0.0 for name, (wrong, total) in sums.items()}
 
 
 def _compress_head(work: Work, name: str, shards: list[Path], shard: Path) -> None:

@@ -41,7 +41,6 @@ class Job:
         model: folder or hub name of the dense model.
         output: folder of the checkpoint.
         recipe: what is done to the weights.
-        recipe_name: the named recipe or the file that it began as, for the recorded command.
         calibration: text for the Hessians.
         evaluation: text for the perplexities of the model card; None holds out the end of the calibration text.
         evaluation_windows: at most this many windows of ``recipe.context`` tokens are measured.
@@ -55,7 +54,6 @@ class Job:
     output: Path
     recipe: Recipe
     calibration: TextSource
-    recipe_name: str = "one-shot"
     evaluation: TextSource | None = None
     evaluation_windows: int = REPORTED_WINDOWS
     device: str = "cpu"
@@ -64,10 +62,11 @@ class Job:
     restart: bool = False
 
     def command(self) -> str:
-        """The command line that does this job, settings at their default left out."""
-        base, name = NAMED.get(self.recipe_name), self.recipe_name
-        if base is None or base.model_copy(update=self.recipe.model_dump(include=_OPTIONS)) != self.recipe:
-            base, name = self.recipe, str(self.output / RECIPE_FILE)  # options alone cannot say it
+        """The command line that does this job, settings at their default left out; the recipe by its name if it has one."""
+        options = self.recipe.model_dump(include=_OPTIONS)
+        fit = (name for name, named in NAMED.items() if named.model_copy(update=options) == self.recipe)
+        name = next(fit, str(self.output / RECIPE_FILE))
+        base = NAMED.get(name, self.recipe)
         settings: dict[str, Any] = {
             "recipe": (name, "default"),
             **{k: (getattr(self.recipe, k), getattr(base, k)) for k in _RECIPE_OPTIONS},
@@ -231,8 +230,9 @@ def split_text(job: Job, model: DenseModel) -> tuple[torch.Tensor, torch.Tensor,
     """
     tokenizer, recipe = model.tokenizer(), job.recipe
     training = sum(stage.steps(recipe.context) * stage.batch for stage in recipe.whole_model_stages().values())
-    # Eight times as many samples as are asked for are read, so that the choice is spread over the text.
-    most = max(8 * recipe.samples, training + 8) + job.evaluation_windows  # 8 judge the training
+    # Chosen from eight times as many, so that they are spread over the text, and the same whatever is trained on.
+    pool = 8 * recipe.samples
+    most = max(pool, training + 8) + job.evaluation_windows  # 8 judge the training
     windows = token_windows(job.calibration, tokenizer, recipe.context, most)
     if job.evaluation is not None:
         measured = token_windows(job.evaluation, tokenizer, recipe.context, job.evaluation_windows)
@@ -246,7 +246,7 @@ def split_text(job: Job, model: DenseModel) -> tuple[torch.Tensor, torch.Tensor,
                 "--samples"
             )
         windows, measured, text = windows[:-held], windows[-held:], f"{job.calibration.name} (held-out end)"
-    chosen = choose_windows(windows, recipe.samples, recipe.seed, job.calibration.name)
+    chosen = choose_windows(windows[:pool], recipe.samples, recipe.seed, job.calibration.name)
     return chosen, windows if training else windows[:0], measured, text
 
 

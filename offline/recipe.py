@@ -60,10 +60,9 @@ class BlockTraining(Training):
     """Squared error of the block's output: ``mse`` as it is, so that the few massive activations of a sequence's first
     positions outweigh all else; ``token`` relative to the output, ``update`` relative to what the block adds to its
     input, position by position, so that each counts the same."""
-    hold_out: float = Field(default=0.1, gt=0, lt=1)
-    """Share of the calibration windows that judges, after each epoch, whether a block has become better."""
     patience: int = Field(default=2, ge=1)
-    """Epochs without a better state after which a block is done; its best state counts."""
+    """Epochs without a better state after which a block is done; its best state counts, by one window in eight that is
+    not trained on."""
 
 
 class WholeModel(Training):

@@ -44,7 +44,9 @@ def test_it_ends_at_the_sparsity_that_was_asked_for_and_distillation_helps(dense
     assert found["prune"]["before"] == pytest.approx(0, abs=1e-5)  # it begins at the dense model
     assert found["distill"]["after"] < found["distill"]["before"]
     assert len(found["blocks"]) == 3
-    assert all(block["errors"]["final"] > 0 for block in found["blocks"])
+    assert all(list(block["errors"]) == ["prune", "distill"] for block in found["blocks"])
+    assert all(block["errors"]["distill"] != block["errors"]["prune"] > 0 for block in found["blocks"])
+    assert len(found["worst_modules"]) == 5
 
 
 def test_training_makes_up_for_what_is_pruned(dense, text, tmp_path):
@@ -65,8 +67,9 @@ def test_a_stage_that_trains_nothing_is_refused(dense, text, tmp_path):
 
 def test_the_card_says_how_it_was_made(gradual):
     card = (gradual[0] / "README.md").read_text()
-    for title in ("gradual pruning", "distillation", "finished model"):
-        assert f"| {title} |" in card
+    for title in ("gradual pruning", "distillation"):
+        assert f"| {title} | relative error of a block's output, mean |" in card
+        assert f"| {title} | KL" in card
     assert "one-shot" not in card
 
 
@@ -187,6 +190,18 @@ def test_an_expert_that_is_never_chosen_is_pruned_by_its_weights(dense, text, tm
     compress(job(dense("llama"), text, tmp_path / "out", recipe), silent)
     keep = CheckpointReader(tmp_path / "out").matrix("model.layers.0.self_attn.q_proj", (64, 64)).keep()
     assert keep.any(0).all()  # each of the four places is kept in some row
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_recomputing_blocks_changes_nothing(dense, text, tmp_path, family):
+    for name, checkpointing in (("kept", False), ("recomputed", True)):
+        settings = GradualPruning(tokens=960, batch=2, checkpointing=checkpointing)
+        recipe = GRADUAL.model_copy(update={"prune": settings, "distill": None, "pattern": "model"})
+        compress(job(dense(family), text, tmp_path / name, recipe), silent)
+    shards = sorted(path.name for path in (tmp_path / "kept").glob("*.safetensors"))
+    assert len(shards) > 3
+    for shard in shards:
+        assert (tmp_path / "kept" / shard).read_bytes() == (tmp_path / "recomputed" / shard).read_bytes()
 
 
 @pytest.mark.parametrize(("settings", "says"), [

@@ -52,18 +52,18 @@ def test_a_recipe_that_is_not_there():
         Recipe.read("fast")
 
 
-@pytest.mark.parametrize(("recipe", "name", "expected"), [
-    (NAMED["default"], "default", []),
-    (NAMED["quick"].changed({"seed": 3, "sparsity": 0.25}), "quick",
+@pytest.mark.parametrize(("recipe", "expected"), [
+    (NAMED["default"], []),
+    (NAMED["quick"].changed({"seed": 3, "sparsity": 0.25}),
      ["--recipe", "quick", "--sparsity", "0.25", "--seed", "3"]),
-    (NAMED["blockwise"].changed({"compensate": False, "ignore": ("a",)}), "blockwise",
+    (NAMED["blockwise"].changed({"compensate": False, "ignore": ("a",)}),
      ["--recipe", "blockwise", "--no-compensate", "--ignore", "a"]),
-    (NAMED["quick"].changed({"pattern": "matrix", "overrides": {"a": 0.1}}), "quick",
+    (NAMED["quick"].changed({"pattern": "matrix", "overrides": {"a": 0.1}}),
      ["--recipe", "out/gqsa_recipe.yaml"]),
-    (Recipe(bqpo=BlockTraining(epochs=1)), "my.yaml", ["--recipe", "out/gqsa_recipe.yaml"]),
+    (Recipe(bqpo=BlockTraining(epochs=1)), ["--recipe", "out/gqsa_recipe.yaml"]),
 ])  # fmt: skip
-def test_the_recorded_command_says_all_of_the_recipe(recipe, name, expected, tmp_path):
-    words = shlex.split(Job("m", tmp_path / "out", recipe, TextSource("t.txt"), recipe_name=name).command())
+def test_the_recorded_command_says_all_of_the_recipe(recipe, expected, tmp_path):
+    words = shlex.split(Job("m", tmp_path / "out", recipe, TextSource("t.txt")).command())
     words = [word.replace(f"{tmp_path}/", "") for word in words]
     assert sorted(words) == sorted(["gqsa", "compress", "m", "out", *expected, "--calibration", "t.txt"])
 
