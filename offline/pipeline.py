@@ -62,7 +62,7 @@ class Job:
     restart: bool = False
 
     def command(self) -> str:
-        """The command line that does this job, settings at their default left out; the recipe by its name if it has one."""
+        """The command line that does this job, settings at their default left out, a recipe that has a name by it."""
         options = self.recipe.model_dump(include=_OPTIONS)
         fit = (name for name, named in NAMED.items() if named.model_copy(update=options) == self.recipe)
         name = next(fit, str(self.output / RECIPE_FILE))

@@ -90,8 +90,11 @@ def methods(budget: Budget) -> list[Method]:
         Method("W4S50 one-shot", ("sparsity", "stages", "importance"), ours()),
         *(Method(f"W4S{p} one-shot", ("sparsity",), ours(sparsity=p / 100)) for p in (0, 20, 30, 40)),
         *(Method(f"W4S{p} G16", ("sparsity",), ours(sparsity=p / 100, **trained)) for p in (20, 40)),
-        Method("W4S50 BQPO", ("stages",), ours(bqpo=bqpo)),
-        Method("W4S50 BQPO + E2E-OQP", ("stages",), ours(bqpo=bqpo, oqp=oqp)),
+        *(Method(f"W4S{p} BQPO", ("stages",), ours(sparsity=p / 100, bqpo=bqpo)) for p in (50, 20, 30, 40)),
+        *(
+            Method(f"W4S{p} BQPO + E2E-OQP", ("stages",), ours(sparsity=p / 100, bqpo=bqpo, oqp=oqp))
+            for p in (50, 20, 30, 40)
+        ),
         Method("W4S50 BQPO + E2E-OQP on cross-entropy", ("stages",), ours(bqpo=bqpo, oqp=on_text)),
         Method("W4S50 G16 + E2E-OQP", ("stages",), ours(oqp=oqp, **trained)),
         *(Method(f"W4S50 G{g}", ("group size",), ours(group_size=g, **trained)) for g in (32, 64)),

@@ -19,8 +19,8 @@ from benchmarks.accuracy.methods import Method
 from benchmarks.accuracy.rivals import train_rival
 from benchmarks.errors import BenchmarkError
 from benchmarks.machine import processor
-from vllm_gqsa.offline.files import write_json
-from vllm_gqsa.offline.pipeline import Job, split_text
+from vllm_gqsa.offline.files import digest_files, write_json
+from vllm_gqsa.offline.pipeline import RECIPE_FILE, Job, split_text
 from vllm_gqsa.offline.recipe import Recipe
 from vllm_gqsa.offline.source import DenseModel
 from vllm_gqsa.offline.text import TextSource
@@ -133,14 +133,16 @@ class Bench:
 
     def _ours(self, recipe: Recipe, place: Path) -> tuple[Path, float]:
         output, file = place / "model", place / "recipe.yaml"
-        file.write_text(recipe.to_yaml(), "utf-8")
         if not (output / "config.json").exists():
+            file.write_text(recipe.to_yaml(), "utf-8")
             # The perplexity for the card is not what is reported here, so it is measured on little.
             with _clock(place):
                 _gqsa(
                     "compress", str(self.model), str(output), "--recipe", str(file),
                     "--calibration", str(self.calibration), "--eval-windows", "2", "--device", self.device,
                 )  # fmt: skip
+        if (output / RECIPE_FILE).read_text("utf-8") != recipe.to_yaml():
+            raise BenchmarkError(f"{output} was made by another recipe; remove {place} to make it again")
         return output, float(_gqsa_json("inspect", str(output))["bits_per_weight"])
 
     def _peer(self, name: str, place: Path) -> Path:
@@ -176,7 +178,7 @@ class Bench:
             kept = {key: found[key] for key in ("perplexity", "tokens", "windows", "context")}
             return {"text": score.label, **kept}
 
-        _once(place / name, measure)
+        _once(place / name, score.text, measure)
 
     def _task(self, place: Path, model: Path, task: Path) -> None:
         asked = ["--limit", str(self.limit)] if self.limit else []
@@ -184,7 +186,7 @@ class Bench:
         def measure() -> dict[str, Any]:
             return dict(_gqsa_json("eval", str(model), "--task", str(task), "--device", self.device, *asked))
 
-        _once(place / f"task-{task.stem}-{self.limit or 'all'}.json", measure)
+        _once(place / f"task-{task.stem}-{self.limit or 'all'}.json", task, measure)
 
     def _progress(self, what: str) -> Callable[[int, int], None]:
         def progress(done: int, total: int) -> None:
@@ -209,10 +211,11 @@ def _minutes(place: Path) -> float:
     return float(json.loads(path.read_text("utf-8"))["minutes"]) if path.exists() else 0.0
 
 
-def _once(path: Path, measure: Callable[[], dict[str, Any]]) -> None:
-    """Write what is measured, unless it was."""
-    if not path.exists():
-        write_json(path, measure())
+def _once(path: Path, file: Path, measure: Callable[[], dict[str, Any]]) -> None:
+    """Write what is measured on a file, unless it was measured on that file before."""
+    digest = digest_files([file])
+    if not path.exists() or json.loads(path.read_text("utf-8")).get("digest") != digest:
+        write_json(path, measure() | {"digest": digest})
 
 
 def _found(place: Path, pattern: str) -> list[dict[str, Any]]:

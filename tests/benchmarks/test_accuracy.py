@@ -25,6 +25,15 @@ FORMATS = {
 }
 
 
+def rounded(weight, peer):
+    """To the nearest weight of a format."""
+    groups = weight.view(len(weight), -1, peer.group_size)
+    low, high = groups.amin(-1, keepdim=True).clamp(max=0), groups.amax(-1, keepdim=True).clamp(min=0)
+    scale = (high - low) / (2**peer.bits - 1)
+    zero = (-low / scale).round()
+    return (((groups / scale).round() + zero).clamp(0, 2**peer.bits - 1) - zero).mul(scale).view_as(weight)
+
+
 def test_methods_are_distinct_and_all_trained_ones_but_the_named_recipes_get_the_same_tokens():
     rows = methods(BUDGET)
     assert len({row.slug for row in rows}) == len({row.name for row in rows}) == len(rows)
@@ -52,7 +61,7 @@ def test_a_rival_stays_in_its_format(name):
     weight = torch.randn(6, 64)
     if peer.kept < 4:
         weight[:, ::2] = 0
-    linear = GroupQuantizedLinear(weight, None, peer)
+    linear = GroupQuantizedLinear(rounded(weight, peer), None, peer)
     x, target = torch.randn(50, 64), torch.randn(50, 6)
     optimizer = torch.optim.Adam(linear.parameters(), 1e-2)
     losses = []
@@ -66,8 +75,30 @@ def test_a_rival_stays_in_its_format(name):
     stored = linear.matrix()
     levels = max(len(group.unique()) for group in stored.view(-1, 32))
     assert 2 < levels <= 2**peer.bits
-    assert bool((stored[:, ::2] == 0).all()) == (peer.kept < 4)
+    assert int((stored.view(-1, 4) != 0).sum(1).max()) == peer.kept
     assert torch.equal(linear(x), torch.nn.functional.linear(x, stored))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_rival_begins_at_the_weights_it_is_given(name):
+    """Also where the lowest or the highest code is not used, and where a kept weight was rounded to 0."""
+    peer = FORMATS[name]
+    generator = torch.Generator().manual_seed(0)
+    top = 2**peer.bits - 1
+    scale, zero = (
+        torch.rand(40, 4, 1, generator=generator) + 0.01,
+        torch.randint(0, top + 1, (40, 4, 1), generator=generator),
+    )
+    codes = torch.randint(0, top + 1, (40, 4, peer.group_size), generator=generator)
+    codes[:20] = codes[:20].clamp(1, top - 1)
+    weight = ((codes - zero) * scale).view(40, -1)
+    if peer.kept < 4:
+        weight.view(-1, 4)[:, 2:] = 0
+    linear = GroupQuantizedLinear(weight, None, peer)
+    torch.testing.assert_close(linear.matrix(), weight, rtol=1e-5, atol=1e-6)
+    if peer.kept < 4:
+        assert bool((linear.keep.view(-1, 4).sum(1) == peer.kept).all())
+        assert bool(linear.keep[weight != 0].all())
 
 
 @pytest.fixture
@@ -81,7 +112,7 @@ def run(dense, text, tmp_path, monkeypatch):  # noqa: F811
         made = AutoModelForCausalLM.from_pretrained(model)
         for linear in made.model.modules():
             if isinstance(linear, torch.nn.Linear):
-                linear.weight.data = GroupQuantizedLinear(linear.weight.data, None, FORMATS["W3"]).matrix()
+                linear.weight.data = rounded(linear.weight.data, FORMATS["W3"])
         made.save_pretrained(output)
         for path in model.glob("*token*"):
             (output / path.name).write_bytes(path.read_bytes())
@@ -123,6 +154,15 @@ def test_the_whole_command(run, capsys):
 
     assert run(only)[1]["rows"][2:] == document["rows"][1:]  # nothing is made or measured again
     assert run.calls == ["gptq-w3"]
+    other = run.folder / "other.txt"
+    other.write_text("another text " * 400)
+    measured = run("dense", "--text", f"words={other}", "--windows", "6")[1]["rows"][1]
+    assert measured["windows"] == 6
+    assert measured["perplexity"] != perplexities["dense"]  # of another file of the same name
+    recipe = run.folder / "models" / "w4s50-g16" / "model" / "gqsa_recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("seed: 0", "seed: 1"))
+    assert run("W4S50 G16")[0] == 1
+    assert "was made by another recipe; remove" in capsys.readouterr().err
     status, _ = run(only, "--tokens", "640")
     assert status == 1
     assert "holds models of another budget" in capsys.readouterr().err
@@ -133,12 +173,15 @@ def test_a_method_that_is_not_there(run, capsys):
     assert "--only W5: no method has such a name" in capsys.readouterr().err
 
 
-def test_peers_get_the_windows_that_our_own_methods_get(dense, text):  # noqa: F811
-    trained, peer = (methods(Budget(320, 4, 32))[i].recipe for i in (1, 1))
-    job = Job(str(dense("llama")), text, trained, TextSource(str(text)), evaluation_windows=2)
-    calibration, training, *_ = split_text(job, DenseModel(job.model))
-    assert calibration.shape == (peer.samples, 32)
-    assert training.numel() >= 320
+def test_all_methods_calibrate_on_the_same_windows(dense, text):  # noqa: F811
+    """Whatever they train on, and peers on the same: those of the first trained recipe."""
+    model = DenseModel(str(dense("llama")))
+    recipes = [row.recipe for row in methods(Budget(4000, 4, 32)) if row.recipe and "recipes" not in row.tables]
+    jobs = [Job(model.folder, text, recipe, TextSource(str(text)), evaluation_windows=2) for recipe in recipes]
+    calibration, training = zip(*(split_text(job, model)[:2] for job in jobs), strict=True)
+    assert all(torch.equal(windows, calibration[0]) for windows in calibration)
+    assert calibration[0].shape == (4, 32)
+    assert len({len(windows) for windows in training}) > 2
 
 
 def test_report_of_rows_with_different_scores(tmp_path):
