@@ -35,8 +35,8 @@ class Training(BaseModel):
 
     norm_lr: float = Field(default=1e-4, ge=0)
     """Learning rate of norms and biases; 0 leaves them as they are."""
-    batch: int = Field(default=4, ge=1)
-    """Windows a step."""
+    batch: int = Field(default=1, ge=1)
+    """Windows a step. Twice as many are half as many steps, which is worse as long as there are few of them."""
     warmup: float = Field(default=0.05, ge=0, lt=1)
     """Share of the steps in which the learning rates rise to their peak."""
     final_lr: float = Field(default=0.05, ge=0, le=1)

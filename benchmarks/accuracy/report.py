@@ -24,8 +24,8 @@ def markdown(document: Row) -> str:
         f"Every method had {budget['samples']} windows of {budget['context']} tokens to calibrate on, the same ones; "
         f"those that train end to end saw {budget['tokens']:,} tokens of the same text, or as many as their row says. "
         "Bits are those of the compressed linears, scales, zero points and indices included; head and embedding are "
-        "dense in all rows. Minutes: to make the model, on the machine named in the JSON, whatever else ran on it, where "
-        "another row has made what it begins with the training alone.",
+        "dense in all rows. Minutes: to make the model, on the machine named in the JSON, whatever else ran on it; of "
+        "what begins with another row's model the training alone.",
         "",
         f"{document['date']}; " + ", ".join(f"{name} {version}" for name, version in document["versions"].items()),
     ]

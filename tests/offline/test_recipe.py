@@ -112,12 +112,12 @@ def test_estimated_costs_grow_with_what_causes_them(dense):
         (name,) = {"prune", "bqpo", "distill", "oqp"} & settings.keys()
         return training_costs(skeleton, blocks, inside, recipe, batch, precision)[name]
 
-    distill = cost(distill=Distillation(tokens=1000))
+    distill = cost(distill=Distillation(tokens=1000, batch=4))
     assert distill.operations == 8 * (weights + 300 * 64) * 1000
-    assert cost(distill=Distillation(tokens=1000, loss="ce")).operations == pytest.approx(distill.operations * 6 / 8)
-    assert cost(distill=Distillation(tokens=1000, checkpointing=True)).memory_bytes < distill.memory_bytes
-    assert cost(distill=Distillation(tokens=1000), precision="bfloat16").memory_bytes < distill.memory_bytes
-    assert cost(distill=Distillation(tokens=1000), batch=1).memory_bytes < distill.memory_bytes
+    assert cost(distill=Distillation(tokens=1000, batch=4, loss="ce")).operations == pytest.approx(distill.operations * 6 / 8)
+    assert cost(distill=Distillation(tokens=1000, batch=4, checkpointing=True)).memory_bytes < distill.memory_bytes
+    assert cost(distill=Distillation(tokens=1000, batch=4), precision="bfloat16").memory_bytes < distill.memory_bytes
+    assert cost(distill=Distillation(tokens=1000, batch=4), batch=1).memory_bytes < distill.memory_bytes
     # The fake quantiser and the optimiser go through the weights once a step, however many windows are in it.
     assert cost(distill=Distillation(tokens=4096, batch=1)).moved_bytes == 8 * 500 * weights
     assert cost(distill=Distillation(tokens=4096, batch=4)).moved_bytes == 2 * 500 * weights
