@@ -164,10 +164,19 @@ class _Student:
     def parameters(self) -> list[nn.Parameter]:
         return [p for parameters in self.kinds.values() for p in parameters]
 
+    @torch.no_grad()
+    def round_norms(self) -> None:
+        """Round norms and biases to the dtype that they are stored in."""
+        for name, parameter in self._norms().items():
+            parameter.copy_(parameter.to(self._job.model.tensor(name).dtype))
+
+    def _norms(self) -> dict[str, nn.Parameter]:
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        return {names[id(p)]: p for p in self.kinds.get("norm_lr", [])}
+
     def blocks(self) -> list[CompressedBlock]:
         """What is stored."""
-        names = {id(p): name for name, p in self.model.named_parameters()}
-        changed = {names[id(p)]: p.detach().cpu().clone() for p in self.kinds.get("norm_lr", [])}
+        changed = {name: p.detach().cpu().clone() for name, p in self._norms().items()}
         done = []
         for index, (linears, block) in enumerate(zip(self._job.linears, self._job.blocks, strict=True)):
             own = f"{self._prefix}{index}."
@@ -230,15 +239,19 @@ class _Pruning:
 
     def _choose(self, progress: float) -> None:
         recipe = self._job.recipe
-        if recipe.pattern != "model":
-            for name, linear in self._linears.items():
-                linear.prune(recipe.sparsity_of(name) * progress, recipe.pattern)
-            return
         assert recipe.prune is not None
-        importances = [linear.importance() for linear in self._linears.values()]
-        masks = choose_across(importances, recipe.sparsity * progress, recipe.prune.floor)
-        for linear, keep in zip(self._linears.values(), masks, strict=True):
-            linear.keep = keep
+        budgets: dict[int, list[MaskedLinear]] = {}
+        for name, linear in self._linears.items():
+            if recipe.shares_budget(name):
+                budgets.setdefault(recipe.group_size_of(name), []).append(linear)
+            else:
+                pattern = "matrix" if recipe.pattern == "model" else recipe.pattern
+                linear.prune(recipe.sparsity_of(name) * progress, pattern)
+        for linears in budgets.values():
+            importances = [linear.importance() for linear in linears]
+            masks = choose_across(importances, recipe.sparsity * progress, recipe.prune.floor)
+            for linear, keep in zip(linears, masks, strict=True):
+                linear.keep = keep
 
     def _note(self, linear: MaskedLinear, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         """Forward hook that adds the squares of a linear's inputs and of the gradients of its outputs.
@@ -367,7 +380,9 @@ def _train(job: EndToEndJob, student: _Student, teacher: nn.Module | None) -> di
             _save(job, student, optimizer, {**state, "pruning": pruning.state()})
             saved = time.monotonic()
         job.progress(step + 1, steps)
-    pruning.before_step(steps)  # a run that had only the end left judges rounded weights too
+    # What is judged is what will be stored; a run that had only the end left has no rounded weights yet.
+    pruning.before_step(steps)
+    student.round_norms()
     return {
         "loss": {"kl": "KL divergence from the dense model", "ce": "cross-entropy"}[job.settings.loss],
         "before": state["before"],

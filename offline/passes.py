@@ -165,6 +165,8 @@ def _compress_blocks(work: Work, shards: list[Path], names: list[list[str]]) -> 
             state, errors = CompressedBlock(), {}
             for name, stage in stages_of(work.recipe).items():
                 state = stage(context, state)
+                # As they are stored, so that what is measured is what is stored.
+                state.tensors = {n: t.to(work.model.tensor(n).dtype).float() for n, t in state.tensors.items()}
                 install(block.module, prefix, state)
                 errors[name] = context.error()
             write_json(_facts(work, f"block-{index:05d}"), {"block": index, "errors": errors, **context.facts})

@@ -160,8 +160,9 @@ class Recipe(BaseModel):
     group_size: int = 16
     """Input features a group; one of 8, 16, 32, 64, 128."""
     pattern: str = "row"
-    """Scope of the mask: ``row`` (every row keeps the same number), ``matrix``, ``model`` (one budget for all linears,
-    with ``prune`` only), or ``n:m`` (n of m adjacent groups)."""
+    """Scope of the mask: ``row`` (every row keeps the same number), ``matrix``, ``model`` (one budget for all linears
+    of a group size but those that have a sparsity of their own; with ``prune`` only), or ``n:m`` (n of m adjacent
+    groups)."""
     importance: Importance = "obs"
     """Formula of a group's importance, see :mod:`vllm_gqsa.offline.importance`."""
     compensate: bool = True
@@ -201,6 +202,10 @@ class Recipe(BaseModel):
         """Share of groups to prune in the linear ``name`` (the head has its own, see :meth:`for_head`)."""
         shares = (each.sparsity for each in self._overrides_of(name))
         return next((share for share in shares if share is not None), self.sparsity)
+
+    def shares_budget(self, name: str) -> bool:
+        """Whether the linear ``name`` is pruned by a budget that it shares with others."""
+        return self.pattern == "model" and all(each.sparsity is None for each in self._overrides_of(name))
 
     def group_size_of(self, name: str) -> int:
         """Input features a group of the linear ``name``, or of the head's matrix."""
@@ -257,10 +262,6 @@ class Recipe(BaseModel):
             )
         if self.prune is None and self.pattern == "model":
             raise ValueError("pattern model needs the stage prune, which compares all linears; choose row or matrix")
-        if self.pattern == "model" and self.overrides:
-            raise ValueError(
-                "pattern model shares one budget among all linears; leave out overrides, or choose row or matrix"
-            )
         if ":" in self.pattern and any(o.sparsity is not None for o in self.overrides.values()):
             raise ValueError(
                 f"pattern {self.pattern} prunes the same share everywhere; leave out sparsities of overrides"

@@ -158,6 +158,20 @@ def test_overrides_give_some_linears_another_sparsity(dense, text, tmp_path):
         assert found["model.layers.1.self_attn.q_proj"] == 0.5
 
 
+def test_overrides_stand_beside_the_shared_budget(dense, text, tmp_path):
+    overrides = {"re:.*v_proj": 0.25, "re:.*down_proj": {"group_size": 32}}
+    recipe = GRADUAL.changed({"overrides": overrides, "pattern": "model", "distill": None})
+    compress(job(dense("llama"), text, tmp_path / "out", recipe), silent)
+    assert verify_checkpoint(tmp_path / "out", silent) == 21
+    modules = inspect_checkpoint(tmp_path / "out").modules
+    shares = {m.name.rpartition(".")[2]: [n.sparsity for n in modules if n.name.endswith(m.name[-6:])] for m in modules}
+    assert shares.pop("v_proj") == [0.25] * 3
+    down = shares.pop("down_proj")
+    assert sum(down) / 3 == pytest.approx(0.5, abs=0.01)  # equal shapes, a budget of their own
+    assert len(set(down)) > 1
+    assert len({share for found in shares.values() for share in found}) > 3
+
+
 def test_stopped_after_every_few_steps_it_ends_with_the_same_bytes(gradual, dense, text, tmp_path, monkeypatch):
     monkeypatch.setattr(e2e, "SAVE_SECONDS", 0.0)
     again = tmp_path / "out"
@@ -208,7 +222,6 @@ def test_recomputing_blocks_changes_nothing(dense, text, tmp_path, family):
     ({"bqpo": {"epochs": 1}}, "takes the place of one-shot pruning and bqpo"),
     ({"pattern": "2:4"}, "which pattern 2:4 cannot; choose row, matrix or model"),
     ({"pattern": "model", "prune": None}, "pattern model needs the stage prune"),
-    ({"pattern": "model", "overrides": {"a": 0.5}}, "one budget among all linears; leave out overrides"),
     ({"pattern": "1:2", "prune": None, "overrides": {"a": 0.5}}, "pattern 1:2 prunes the same share everywhere"),
     ({"overrides": {"re:(": 0.5}}, r"overrides 're:\(' is not a regular expression"),
     ({"prune": {"tokens": 10, "ramp": 1.0}}, "less than 1"),

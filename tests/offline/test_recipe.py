@@ -114,7 +114,9 @@ def test_estimated_costs_grow_with_what_causes_them(dense):
 
     distill = cost(distill=Distillation(tokens=1000, batch=4))
     assert distill.operations == 8 * (weights + 300 * 64) * 1000
-    assert cost(distill=Distillation(tokens=1000, batch=4, loss="ce")).operations == pytest.approx(distill.operations * 6 / 8)
+    assert cost(distill=Distillation(tokens=1000, batch=4, loss="ce")).operations == pytest.approx(
+        distill.operations * 6 / 8
+    )
     assert cost(distill=Distillation(tokens=1000, batch=4, checkpointing=True)).memory_bytes < distill.memory_bytes
     assert cost(distill=Distillation(tokens=1000, batch=4), precision="bfloat16").memory_bytes < distill.memory_bytes
     assert cost(distill=Distillation(tokens=1000, batch=4), batch=1).memory_bytes < distill.memory_bytes

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -71,14 +72,23 @@ def test_every_stage_lowers_its_loss(dense, text, tmp_path, family, trained):
     verify_checkpoint(output, silent)
 
 
-def test_what_was_measured_is_what_is_stored(trained, dense, text):
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_what_was_measured_is_what_is_stored(trained, dense, text, tmp_path, stored):
     """KL divergence of the finished checkpoint from the dense model, by transformers, on the windows that judged."""
-    output, _ = trained
+    output, model = trained[0], dense("llama")
+    if stored != torch.float32:
+        output, model = tmp_path / "out", tmp_path / "model"
+        shutil.copytree(dense("llama"), model)
+        AutoModelForCausalLM.from_pretrained(model, dtype=stored).save_pretrained(model)
+        stage = EndToEnd(tokens=1920, batch=2, norm_lr=1e-2)
+        compress(job(model, text, output, ALL.model_copy(update={"bqpo": None, "distill": None, "oqp": stage})), silent)
+        norm = "model.layers.1.input_layernorm.weight"
+        assert not torch.equal(TensorFiles(output).tensor(norm), TensorFiles(model).tensor(norm))
     tokens = AutoTokenizer.from_pretrained(output)(text.read_text(), return_tensors="pt").input_ids[0]
     read = tokens[: len(tokens) // 48 * 48].view(-1, 48)[: 8 * ALL.samples + 4]
     judges = read[:-4][-8:]
     ours = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32).eval()
-    theirs = AutoModelForCausalLM.from_pretrained(dense("llama"), dtype=torch.float32).eval()
+    theirs = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     with torch.no_grad():
         a, b = (model(judges).logits.log_softmax(-1) for model in (ours, theirs))
     kl = torch.nn.functional.kl_div(a, b, log_target=True, reduction="sum") / judges.numel()
