@@ -100,7 +100,8 @@ class Bench:
         model, bits = self._make(method, place)
         facts = {
             "method": method.name, "tables": list(method.tables), "bits_per_weight": bits,
-            "tokens_trained": method.tokens, "minutes": _minutes(place), "machine": processor(),
+            "tokens_trained": method.tokens, "minutes": _minutes(place),
+            "machine": torch.cuda.get_device_name() if self.device.startswith("cuda") else processor(),
         }  # fmt: skip
         for score in self.scores:
             self._score(place, model, score)

@@ -21,7 +21,7 @@ from vllm_gqsa.offline import e2e
 from vllm_gqsa.offline.block import scale_of_errors
 from vllm_gqsa.offline.errors import InputError
 from vllm_gqsa.offline.pipeline import compress
-from vllm_gqsa.offline.recipe import BlockTraining, Distillation, EndToEnd, Recipe
+from vllm_gqsa.offline.recipe import BlockTraining, Distillation, EndToEnd, GradualPruning, Recipe
 from vllm_gqsa.offline.training import Optimizer, sample_order
 from vllm_gqsa.offline.verify import verify_checkpoint
 
@@ -225,10 +225,13 @@ def test_stopped_after_every_few_steps_it_ends_with_the_same_bytes(trained, dens
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments_of_training_it_ends_with_the_same_bytes(dense, text, tmp_path):
+@pytest.mark.parametrize("stages", [
+    {"distill": Distillation(tokens=38400, batch=2)},
+    {"pattern": "model", "bqpo": None, "prune": GradualPruning(tokens=38400, batch=2), "distill": None},
+])  # fmt: skip
+def test_killed_at_random_moments_of_training_it_ends_with_the_same_bytes(dense, text, tmp_path, stages):
     recipe = tmp_path / "recipe.yaml"
-    longer = ALL.model_copy(update={"distill": Distillation(tokens=19200, batch=2)})
-    recipe.write_text(longer.to_yaml())
+    recipe.write_text(ALL.model_copy(update=stages).to_yaml())
     code = "import vllm_gqsa.offline.e2e as e; e.SAVE_SECONDS = 0.1; import vllm_gqsa.offline.cli as c; c.main()"
     rng = random.Random(0)
     kills = 0
@@ -238,7 +241,7 @@ def test_killed_at_random_moments_of_training_it_ends_with_the_same_bytes(dense,
         for _ in range(20 if name == "two" else 0):
             process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             try:
-                process.wait(timeout=rng.uniform(4, 12))
+                process.wait(timeout=rng.uniform(4, 8))
             except subprocess.TimeoutExpired:
                 os.kill(process.pid, signal.SIGKILL)
                 process.wait()
