@@ -10,7 +10,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from benchmarks.accuracy.peers import Peer
-from benchmarks.errors import BenchmarkError
 from vllm_gqsa.format import GroupSparseMatrix
 from vllm_gqsa.offline.block import CompressedBlock
 from vllm_gqsa.offline.e2e import EndToEndJob, train_end_to_end
@@ -20,9 +19,6 @@ from vllm_gqsa.offline.recipe import Recipe
 from vllm_gqsa.offline.source import DenseModel
 
 __all__ = ["GroupQuantizedLinear", "train_rival"]
-
-_ROUNDING = 1e-3
-"""By how much a weight may miss a multiple of its group's scale, in scales: more than float32 rounds off."""
 
 
 class GroupQuantizedLinear(nn.Module):
@@ -38,7 +34,10 @@ class GroupQuantizedLinear(nn.Module):
     keep: torch.Tensor | None
 
     def __init__(self, weight: torch.Tensor, bias: nn.Parameter | None, peer: Peer) -> None:
-        """Begin at a weight that another method has compressed.
+        """Begin at a weight that another method has compressed, on a grid from the least to the greatest of a group.
+
+        Where a group does not use its lowest or highest code that grid is finer than its own, and some weights begin
+        between two codes. Begun exactly at its weights, W2 of SmolLM2 was trained to a perplexity of 330, not 140.
 
         Args:
             weight: ``[out_features, in_features]``; the group size divides ``in_features``.
@@ -49,11 +48,13 @@ class GroupQuantizedLinear(nn.Module):
         self._top = 2**peer.bits - 1
         self._groups = (weight.shape[0], weight.shape[1] // peer.group_size, peer.group_size)
         weight = weight.float()
-        scale, zero = _grid(weight.view(self._groups), self._top)
+        groups = weight.view(self._groups)
+        low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+        scale = ((high - low) / self._top).clamp(min=1e-8)
         self.weight = nn.Parameter(weight.clone())
         self.log_scale = nn.Parameter(scale.log())
-        self.zero = nn.Parameter(zero / self._top)
-        self.register_buffer("keep", _kept(weight, peer.kept) if peer.kept < 4 else None, persistent=False)
+        self.zero = nn.Parameter((-low / scale).round() / self._top)
+        self.register_buffer("keep", weight != 0 if peer.kept < 4 else None, persistent=False)
         self.bias = bias
 
     def kinds(self) -> dict[str, nn.Parameter]:
@@ -78,30 +79,6 @@ class GroupQuantizedLinear(nn.Module):
         return self.dense().cpu()
 
 
-def _grid(groups: torch.Tensor, top: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scales and zero points ``[..., groups]`` of dequantised weights ``[..., groups, size]``.
-
-    All weights of a group are whole multiples of its scale, the largest of them at most ``top`` times: the scale is the
-    largest number for which that is so.
-    """
-    largest = groups.abs().amax(-1).clamp(min=1e-8)
-    scale = largest / top
-    for multiple in range(top - 1, 0, -1):
-        tried = largest / multiple
-        steps = groups / tried[..., None]
-        scale = torch.where((steps - steps.round()).abs().amax(-1) <= _ROUNDING, tried, scale)
-    steps = (groups / scale[..., None]).round()
-    return scale, (-steps.amin(-1)).clamp(0, top)
-
-
-def _kept(weight: torch.Tensor, kept: int) -> torch.Tensor:
-    """Which weights may be trained: those that are not 0, and of each four as many more as the format keeps."""
-    fours = (weight != 0).view(-1, 4)
-    # A kept weight may have been rounded to 0; which of the zeros it is nobody knows.
-    order = fours.int().argsort(dim=1, descending=True, stable=True)
-    return torch.zeros_like(fours).scatter_(1, order[:, :kept], value=True).view_as(weight)
-
-
 def _round(values: torch.Tensor) -> torch.Tensor:
     return values + (values.round() - values).detach()
 
@@ -115,11 +92,7 @@ class _RivalJob(EndToEndJob):
 
     def linear(self, name: str, dense: Any, _matrix: GroupSparseMatrix | None) -> TrainedLinear:  # noqa: ANN401
         weight = self.begin.tensor(f"{name}.weight").to(self.device)
-        linear = GroupQuantizedLinear(weight, dense.bias, self.peer)
-        missed = float((linear.matrix() - weight.cpu()).abs().max())
-        if missed > 1e-4 * float(weight.abs().max()):
-            raise BenchmarkError(f"{name}: is no weight of {self.peer.title}, which would miss it by {missed:g}")
-        return cast("TrainedLinear", linear)
+        return cast("TrainedLinear", GroupQuantizedLinear(weight, dense.bias, self.peer))
 
 
 def train_rival(
