@@ -19,9 +19,9 @@ _logger = logging.getLogger(__name__)
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _BLOCK_BYTES = 64
-# They count pairs of columns in 16 bits.
-_MAX_FEATURES = 2 * 0xFFFF
 """Bytes of codes in a block of the layout, see csrc/cpu/kernel.h."""
+_MAX_FEATURES = 2 * 0xFFFF
+"""Columns that the kernels can number: they count pairs of them in 16 bits."""
 
 _DENSE_FROM = {"portable": 2, "avx2": 8}
 _DENSE_FROM_BFLOAT16 = {"avx512": 8, "avx512_bf16": 16, "avx512_vnni": 16}
