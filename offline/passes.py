@@ -127,10 +127,10 @@ def run_passes(work: Work) -> list[Path]:
             _compress_blocks(work, blocks[0], names)
         else:
             _train(work, passes[number], names, blocks[number - 1] if number else None, blocks[number])
-    for name, paths in zip(passes, blocks, strict=True):
-        trained = name in stages or work.recipe.bqpo is not None
-        if trained and not _facts(work, f"errors-{name}").exists():
-            write_json(_facts(work, f"errors-{name}"), _errors(work, paths))
+    # Single blocks are measured as they are made; of the linears only the last state counts.
+    for name in stages or (["blocks"] if work.recipe.bqpo is not None else []):
+        if not _facts(work, f"errors-{name}").exists():
+            write_json(_facts(work, f"errors-{name}"), _errors(work, blocks[passes.index(name)]))
     if work.head is not None:
         _compress_head(work, work.head, blocks[-1], shards[-1][len(names)])
     return shards[-1]
@@ -217,12 +217,11 @@ def _errors(work: Work, shards: list[Path]) -> dict[str, Any]:
     dense = inputs.clone()
     errors: list[float] = []
     modules: dict[str, float] = {}
-    for index, (path, names) in enumerate(zip(shards, work.linears(), strict=True)):
+    for index, path in enumerate(shards):
         block, prefix = stream.block(index), f"{work.family.blocks}.{index}."
         scale = scale_of_errors(block.advance(dense, work.batch, work.device), dense)
-        found = _advance(work, block, prefix, work.block(path), inputs)
+        modules |= _advance(work, block, prefix, work.block(path), inputs)
         errors.append(float(((inputs - dense).square().mean(-1) / scale).double().mean()))
-        modules |= {name: found[name] for name in names}
     return {"errors": errors, "modules": modules}
 
 

@@ -44,9 +44,9 @@ def collect(folder: Path) -> dict[str, Any]:
             measured = read_json(path)
             modules = measured["modules"]
             blocks = blocks or [{"block": index, "errors": {}} for index in range(len(measured["errors"]))]
-            for block, error in zip(blocks, measured["errors"], strict=True):
-                # After BQPO it was measured block by block, on windows that none was trained on.
-                block["errors"].setdefault("bqpo" if stage == "blocks" else stage, error)
+            if stage != "blocks":  # these have their errors already
+                for block, error in zip(blocks, measured["errors"], strict=True):
+                    block["errors"][stage] = error
     worst = sorted(modules, key=lambda name: -modules[name])[:_WORST]
     ends = {name: read_json(folder / f"{name}.json") for name in _ENDS if (folder / f"{name}.json").exists()}
     return {"blocks": blocks, "modules": modules, "worst_modules": {name: modules[name] for name in worst}, **ends}

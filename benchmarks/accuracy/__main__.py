@@ -133,6 +133,8 @@ def _add(path: Path, name: str, budget: Budget, measured: Measured) -> None:
     document: dict[str, Any] = {"rows": [], "tasks": []}
     if path.exists():
         document = json.loads(path.read_text("utf-8"))
+        if not {"rows", "tasks"} <= document.keys():
+            raise BenchmarkError(f"{path} is not of this version's form: it has no rows and tasks; remove it")
     order = [method.name for method in methods(budget)]
 
     def place(row: dict[str, Any]) -> int:

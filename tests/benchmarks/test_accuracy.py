@@ -146,6 +146,12 @@ def test_the_whole_command(run, capsys):
     assert "holds models of another budget" in capsys.readouterr().err
 
 
+def test_results_of_another_form_are_refused(run, capsys):
+    (run.folder / "accuracy-llama.json").write_text('{"methods": []}')
+    assert run("dense")[0] == 1
+    assert "accuracy-llama.json is not of this version's form" in capsys.readouterr().err
+
+
 def test_a_method_that_is_not_there(run, capsys):
     assert run("W5") == (1, None)
     assert "--only W5: no method has such a name" in capsys.readouterr().err
