@@ -80,7 +80,7 @@ struct Multiply {
                         if constexpr (Tokens == 1) {
                             const __m512 scale = _mm512_permutexvar_ps(unit_pair[unit / 2], scales);
                             const __m512i low = _mm512_castsi256_si512(load256(first));
-                            const __m512i both = _mm512_mask_broadcast_i64x4(low, 0xF0, load256(second));
+                            const __m512i both = _mm512_inserti64x4(low, load256(second), 1);
                             one[pair] = _mm512_fmadd_ps(dot(w, both), scale, one[pair]);
                         } else {
                             const __m512i w_even = _mm512_shuffle_i64x2(w, w, 0x44);
