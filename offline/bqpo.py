@@ -8,18 +8,12 @@ gradients and optimiser state; both streams of hidden states stay where they are
 import torch
 from torch import nn
 
+from vllm_gqsa.offline.arithmetic import mixed, reproducible, resolve_precision
 from vllm_gqsa.offline.block import BlockContext, CompressedBlock
 from vllm_gqsa.offline.errors import InputError
 from vllm_gqsa.offline.quantizer import GroupSparseLinear
 from vllm_gqsa.offline.recipe import BlockTraining
-from vllm_gqsa.offline.training import (
-    Optimizer,
-    arithmetic,
-    replace_linears,
-    reproducible,
-    resolve_precision,
-    sample_order,
-)
+from vllm_gqsa.offline.training import Optimizer, replace_linears, sample_order
 
 __all__ = ["bqpo"]
 
@@ -94,7 +88,7 @@ def _loss(
     total, positions = 0.0, len(windows) * context.inputs.shape[1]
     for part in context.batches(windows):
         targets = context.targets[part].to(context.device)
-        with torch.set_grad_enabled(backward), arithmetic(precision, context.device):
+        with torch.set_grad_enabled(backward), mixed(precision, context.device):
             out = context.block(context.inputs[part].to(context.device))
         squares = (out.float() - targets).square().mean(-1)
         if settings.loss == "token":

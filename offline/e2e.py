@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from vllm_gqsa.experts import MIXTURES
 from vllm_gqsa.format import GroupSparseMatrix
 from vllm_gqsa.offline import parallel
+from vllm_gqsa.offline.arithmetic import mixed, reproducible, resolve_precision
 from vllm_gqsa.offline.attention import use_plain_attention
 from vllm_gqsa.offline.block import CompressedBlock
 from vllm_gqsa.offline.errors import InputError
@@ -31,14 +32,7 @@ from vllm_gqsa.offline.quantizer import GroupSparseLinear, MaskedLinear, Trained
 from vllm_gqsa.offline.recipe import Distillation, GradualPruning, Recipe, WholeModel
 from vllm_gqsa.offline.source import DenseModel
 from vllm_gqsa.offline.stream import load_weights, meta_model
-from vllm_gqsa.offline.training import (
-    Optimizer,
-    arithmetic,
-    replace_linears,
-    reproducible,
-    resolve_precision,
-    sample_order,
-)
+from vllm_gqsa.offline.training import Optimizer, replace_linears, sample_order
 
 __all__ = ["SAVE_SECONDS", "EndToEndJob", "train_end_to_end"]
 
@@ -308,7 +302,7 @@ class _Losses:
         tokens = part.to(self._job.device)
         with torch.no_grad():
             wanted = None if self._teacher is None else self._teacher(tokens, use_cache=False).logits
-        with torch.set_grad_enabled(backward), arithmetic(self._job.precision, self._job.device):
+        with torch.set_grad_enabled(backward), mixed(self._job.precision, self._job.device):
             logits = self.student(tokens, use_cache=False).logits
         with torch.set_grad_enabled(backward):
             loss = self._of_logits(logits, wanted, tokens) * weight

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from vllm_gqsa.offline.arithmetic import fast_float32, resolve_precision
 from vllm_gqsa.offline.estimate_training import training_costs
 from vllm_gqsa.offline.families import Family
 from vllm_gqsa.offline.head import head_name
@@ -15,7 +16,6 @@ from vllm_gqsa.offline.recipe import Recipe
 from vllm_gqsa.offline.source import DenseModel
 from vllm_gqsa.offline.sparsify import CHUNK
 from vllm_gqsa.offline.stream import meta_model
-from vllm_gqsa.offline.training import resolve_precision
 
 __all__ = ["DENSE_INT4_BITS", "Estimate", "estimate", "module_bytes"]
 
@@ -99,7 +99,8 @@ def estimate(
     stored = sum(_stored(*shape, recipes[name]) for name, shape in shapes.items())
     replaced = sum(model.tensor_bytes(f"{name}.weight") for name in shapes)
     output = model.nbytes - replaced + stored
-    gflops = _gflops(device, torch.float32)
+    with fast_float32(torch.device(device)):
+        gflops = _gflops(device, torch.float32)
     # Gradual pruning takes the place of the one-shot pass: what is left of it are forward passes, and the head.
     pruned = {head: shapes[head]} if recipe.prune and head else {} if recipe.prune else shapes
     seconds = _operations(recipe, family, pruned, skeleton, head) / (gflops * 1e9)

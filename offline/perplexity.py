@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from vllm_gqsa.offline.arithmetic import fast_float32
 from vllm_gqsa.offline.engine import Engine, load_transformers, load_vllm
 from vllm_gqsa.offline.errors import InputError
 from vllm_gqsa.offline.source import load_config, load_tokenizer, model_folder
@@ -108,7 +109,7 @@ def _through_transformers(
 ) -> list[torch.Tensor]:
     model = load_transformers(folder, dtype, device)
     losses = []
-    with torch.no_grad():
+    with torch.no_grad(), fast_float32(torch.device(device)):
         for done, window in enumerate(windows.to(device), 1):
             logits = model(window[None], use_cache=False).logits[0, :-1].float()
             losses.append(torch.nn.functional.cross_entropy(logits, window[1:], reduction="none").cpu())

@@ -12,6 +12,7 @@ import transformers
 import vllm_gqsa
 from vllm_gqsa.format import HEAD, CheckpointReader, check_fused, is_ignored, read_json
 from vllm_gqsa.offline import parallel
+from vllm_gqsa.offline.arithmetic import fast_float32, resolve_precision
 from vllm_gqsa.offline.card import REPORT_FILE, make_report, model_card
 from vllm_gqsa.offline.errors import InputError
 from vllm_gqsa.offline.families import Family, family_of
@@ -23,7 +24,6 @@ from vllm_gqsa.offline.recipe import NAMED, Recipe
 from vllm_gqsa.offline.source import DenseModel
 from vllm_gqsa.offline.stream import ModelStream, TensorSource, meta_model
 from vllm_gqsa.offline.text import TextSource, check_context, choose_windows, token_windows
-from vllm_gqsa.offline.training import resolve_precision
 from vllm_gqsa.offline.training_report import TRAINING_FILE, TRAINING_PICTURE, collect, plot
 from vllm_gqsa.offline.writer import CompressedSource, write_rest
 
@@ -196,7 +196,7 @@ def compress(job: Job, progress: Progress) -> dict[str, Any]:
         "evaluation": digest_tensor(evaluation),
     }
     folder = job.output / WORK_FOLDER
-    with open_run(job.output, run, restart=job.restart):
+    with open_run(job.output, run, restart=job.restart), fast_float32(device):
         if (job.output / "config.json").exists():
             CheckpointReader(job.output)  # raises where a file has been lost since
             shutil.rmtree(folder, ignore_errors=True)

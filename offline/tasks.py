@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from vllm_gqsa.offline.arithmetic import fast_float32
 from vllm_gqsa.offline.engine import Engine, load_transformers, load_vllm
 from vllm_gqsa.offline.errors import InputError
 from vllm_gqsa.offline.source import load_config, load_tokenizer, model_folder
@@ -276,7 +277,7 @@ def _batch(model: Any, requests: Sequence[Request]) -> Iterator[Likelihood]:  # 
     tokens = torch.nn.utils.rnn.pad_sequence(inputs, batch_first=True).to(model.device)
     padding = [tokens.shape[1] - len(row) for row in inputs]
     keep = max(pad + request.scored for pad, request in zip(padding, requests, strict=True))
-    with torch.no_grad():
+    with torch.no_grad(), fast_float32(model.device):
         logits = model(tokens, use_cache=False, logits_to_keep=keep).logits
     for row, pad, request in zip(logits, padding, requests, strict=True):
         end = len(row) - pad

@@ -1,37 +1,16 @@
-"""What both training stages share: parameter groups, learning rates, arithmetic, and a stop at the first NaN."""
+"""What both training stages share: parameter groups, learning rates, and a stop at the first NaN."""
 
 import math
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 
 from vllm_gqsa.offline.errors import InputError
 from vllm_gqsa.offline.quantizer import TrainedLinear
-from vllm_gqsa.offline.recipe import Precision, Training
+from vllm_gqsa.offline.recipe import Training
 
-__all__ = ["Optimizer", "arithmetic", "replace_linears", "reproducible", "resolve_precision", "sample_order"]
-
-# Read when cuBLAS starts; without it torch cannot promise equal bits on CUDA.
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-
-
-def resolve_precision(wanted: Precision, device: torch.device) -> str:
-    """``bfloat16`` or ``float32``; ``auto`` is bfloat16 where the device multiplies it in hardware."""
-    if wanted != "auto":
-        return wanted
-    if device.type == "cpu":
-        return "bfloat16" if torch.cpu._is_avx512_bf16_supported() else "float32"
-    return "bfloat16"
-
-
-@contextmanager
-def arithmetic(precision: str, device: torch.device) -> Iterator[None]:
-    """Mixed precision, or float32 throughout."""
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16"):
-        yield
+__all__ = ["Optimizer", "replace_linears", "sample_order"]
 
 
 def replace_linears(
@@ -110,14 +89,3 @@ def sample_order(count: int, epoch: int, seed: int) -> torch.Tensor:
     """A permutation of ``count`` windows, another one in each epoch."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     return torch.randperm(count, generator=generator)
-
-
-@contextmanager
-def reproducible(device: torch.device) -> Iterator[None]:
-    """The same numbers in the same order give the same bits; on CUDA it costs some speed."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(device.type != "cpu", warn_only=True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)

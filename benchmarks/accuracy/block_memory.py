@@ -26,6 +26,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.machine import processor, slug, versions
+from vllm_gqsa.offline.arithmetic import resolve_precision
 from vllm_gqsa.offline.block import BlockContext, CompressedBlock, install
 from vllm_gqsa.offline.bqpo import bqpo
 from vllm_gqsa.offline.e2e import EndToEndJob, train_end_to_end
@@ -35,7 +36,6 @@ from vllm_gqsa.offline.recipe import BlockTraining, Distillation, EndToEnd, Grad
 from vllm_gqsa.offline.source import DenseModel
 from vllm_gqsa.offline.stages import one_shot
 from vllm_gqsa.offline.stream import ModelStream, meta_model
-from vllm_gqsa.offline.training import resolve_precision
 
 CONFIG = {
     "hidden_size": 4096,

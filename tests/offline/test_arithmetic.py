@@ -1,0 +1,45 @@
+"""Products of float32 are exact, whoever computes them."""
+
+import pytest
+import torch
+
+from vllm_gqsa.offline import arithmetic
+from vllm_gqsa.offline.arithmetic import fast_float32
+
+CPU = torch.device("cpu")
+
+
+def test_products_stay_exact():
+    a, b = torch.randn(33, 900), torch.randn(900, 70)
+    exact = a.double() @ b.double()
+    with fast_float32(CPU):
+        assert (a @ b - exact).norm() < 1e-6 * exact.norm()
+        assert torch.get_float32_matmul_precision() == ("medium" if arithmetic._is_exact() else "highest")
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_left_alone_where_products_would_be_less_exact(monkeypatch):
+    monkeypatch.setattr(arithmetic, "_is_exact", lambda: False)
+    with fast_float32(CPU):
+        assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_a_loss_of_exactness_is_found(monkeypatch):
+    product = torch.Tensor.__matmul__
+    monkeypatch.setattr(
+        torch.Tensor,
+        "__matmul__",
+        lambda a, b: product(a.bfloat16(), b.bfloat16()).float() if a.dtype == torch.float32 else product(a, b),
+    )
+    assert not arithmetic._is_exact.__wrapped__()
+
+
+def test_other_devices_are_not_touched():
+    with fast_float32(torch.device("cuda")):
+        assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_restored_after_an_error():
+    with pytest.raises(KeyError), fast_float32(CPU):
+        raise KeyError
+    assert torch.get_float32_matmul_precision() == "highest"
