@@ -143,7 +143,11 @@ def compress(
         typer.Argument(metavar="OUTPUT", help="Folder to write; a run that was cut short goes on in it."),
     ],
     calibration: Annotated[
-        str, typer.Option(help="Text: a .txt, .jsonl or .parquet file, or a datasets name (name:config).")
+        list[str],
+        typer.Option(
+            help="Text: a .txt, .jsonl or .parquet file, or a datasets name (name:config). May be given several times: "
+            "an even mixture."
+        ),
     ],
     recipe: RecipeName = "default",
     sparsity: Sparsity = None,
@@ -191,7 +195,7 @@ def compress(
     )  # fmt: skip
     job = Job(
         model=model, output=output, recipe=chosen,
-        calibration=TextSource(calibration, split, column),
+        calibration=TextSource(calibration[0], split, column, tuple(calibration[1:])),
         evaluation=None if eval_text is None else TextSource(eval_text, eval_split, column),
         evaluation_windows=eval_windows, device=device, batch=batch, memory=1e9 * memory, restart=restart,
     )  # fmt: skip

@@ -70,7 +70,6 @@ class Job:
         settings: dict[str, Any] = {
             "recipe": (name, "default"),
             **{k: (getattr(self.recipe, k), getattr(base, k)) for k in _RECIPE_OPTIONS},
-            "calibration": (self.calibration.name, None),
             "split": (self.calibration.split, "train"),
             "column": (self.calibration.column, "text"),
             "eval_text": (self.evaluation and self.evaluation.name, None),
@@ -85,6 +84,7 @@ class Job:
         for name, (value, default) in settings.items():
             if value != default:
                 parts += ["--" + name.replace("_", "-"), str(value)]
+        parts += [part for name in (self.calibration.name, *self.calibration.more) for part in ("--calibration", name)]
         if self.recipe.compensate != base.compensate:
             parts.append("--compensate" if self.recipe.compensate else "--no-compensate")
         if self.recipe.ignore != base.ignore:

@@ -5,7 +5,7 @@ import io
 import json
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -25,19 +25,37 @@ class TextSource:
             ``datasets.load_dataset``, with a configuration after a colon (``wikitext:wikitext-2-raw-v1``).
         split: split of a dataset.
         column: column of a .jsonl, .parquet or dataset that holds the text.
+        more: names of other texts to mix with it.
     """
 
     name: str
     split: str = "train"
     column: str = "text"
+    more: tuple[str, ...] = ()
 
 
 def read_documents(source: TextSource) -> Iterator[str]:
     """Yield the documents of a text source.
 
+    Of several texts, the next document is from the one that has given the fewest characters yet, as long as it lasts:
+    any beginning is an even mixture.
+
     Raises:
         InputError: it is not there, not of a known kind, or lacks the column.
     """
+    texts = [_one_text(replace(source, name=name, more=())) for name in (source.name, *source.more)]
+    given = dict.fromkeys(range(len(texts)), 0)
+    while given:
+        text = min(given, key=lambda index: given[index])
+        document = next(texts[text], None)
+        if document is None:
+            del given[text]
+        else:
+            given[text] += len(document)
+            yield document
+
+
+def _one_text(source: TextSource) -> Iterator[str]:
     path = Path(source.name)
     if not path.is_file():
         if path.suffix in (".txt", ".jsonl", ".parquet", ".gz"):
@@ -113,6 +131,8 @@ def choose_windows(windows: torch.Tensor, samples: int, seed: int, name: str) ->
     return windows[torch.randperm(windows.shape[0], generator=generator)[:samples].sort().values]
 
 
+_PIECE = 8192
+"""Characters or more a document: a plain file is cut at empty lines, so that it can be mixed with others."""
 _UNREADABLE = (UnicodeDecodeError, OSError, EOFError, zlib.error)
 """What reading a text file raises that is not UTF-8, or not what its .gz says."""
 
@@ -124,9 +144,18 @@ def _open(path: Path) -> IO[bytes]:
 def _plain(path: Path, _column: str) -> Iterator[str]:
     try:
         with _open(path) as file:
-            yield io.TextIOWrapper(file, encoding="utf-8").read()
+            paragraphs = io.TextIOWrapper(file, encoding="utf-8").read().split("\n\n")
     except _UNREADABLE as error:
         raise InputError(f"{path}: is not UTF-8 text: {error}") from error
+    piece, length = [], 0
+    for paragraph in paragraphs:
+        piece.append(paragraph)
+        length += len(paragraph)
+        if length >= _PIECE:
+            yield "\n\n".join(piece)
+            piece, length = [], 0
+    if piece:
+        yield "\n\n".join(piece)
 
 
 def _json_lines(path: Path, column: str) -> Iterator[str]:

@@ -68,6 +68,11 @@ def test_the_recorded_command_says_all_of_the_recipe(recipe, expected, tmp_path)
     assert sorted(words) == sorted(["gqsa", "compress", "m", "out", *expected, "--calibration", "t.txt"])
 
 
+def test_the_recorded_command_names_all_texts(tmp_path):
+    command = Job("m", tmp_path, NAMED["default"], TextSource("a.txt", more=("b c.txt",))).command()
+    assert command.endswith("--calibration a.txt --calibration 'b c.txt'")
+
+
 def test_options_change_a_recipe_from_a_file(dense, text, tmp_path, monkeypatch, capsys):
     path = tmp_path / "recipe.yaml"
     path.write_text("samples: 8\ncontext: 48\nprecision: float32\noqp: {tokens: 480, batch: 2}\n")

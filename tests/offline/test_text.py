@@ -30,8 +30,24 @@ def test_every_kind_of_text_gives_its_documents(files, name):
     assert list(read_documents(TextSource(str(files / name)))) == DOCUMENTS
 
 
-def test_a_plain_file_is_one_document(files):
+def test_a_plain_file_is_cut_at_empty_lines(files):
     assert list(read_documents(TextSource(str(files / "d.txt")))) == DOCUMENTS[1:2]
+    text = "\n\n".join(f"{number} " * 600 for number in range(30)) + "\n\n\n"
+    (files / "d.txt").write_text(text, encoding="utf-8")
+    documents = list(read_documents(TextSource(str(files / "d.txt"))))
+    assert "\n\n".join(documents) == text
+    assert 3 < len(documents) < 10
+
+
+def test_texts_are_mixed_evenly_from_the_beginning_on(files):
+    for name, documents in {"long": ["A" * 30] * 8, "short": ["b" * 10] * 9}.items():
+        lines = "".join(json.dumps({"text": document}) + "\n" for document in documents)
+        (files / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+    source = TextSource(str(files / "long.jsonl"), more=(str(files / "short.jsonl"),))
+    order = "".join(document[0] for document in read_documents(source))
+    assert order == "AbbbAbbbAbbbAAAAA"
+    with pytest.raises(InputError, match="no such file"):
+        list(read_documents(TextSource(str(files / "long.jsonl"), more=("missing.txt",))))
 
 
 @pytest.mark.parametrize(("name", "column", "says"), [
