@@ -96,6 +96,7 @@ def methods(budget: Budget) -> list[Method]:
             for p in (50, 20, 30, 40)
         ),
         Method("W4S50 BQPO + E2E-OQP on cross-entropy", ("stages",), ours(bqpo=bqpo, oqp=on_text)),
+        Method("W4S50 BQPO, not compensated before", ("stages",), ours(bqpo=bqpo, compensate=False)),
         Method("W4S50 G16 + E2E-OQP", ("stages",), ours(oqp=oqp, **trained)),
         *(Method(f"W4S50 G{g}", ("group size",), ours(group_size=g, **trained)) for g in (32, 64)),
         *(Method(f"W4S50 {p} scope", ("scope",), ours(**trained | {"pattern": p})) for p in ("matrix", "row")),
