@@ -11,8 +11,11 @@ from vllm_gqsa.format import GroupSparseMatrix
 from vllm_gqsa.offline.recipe import Recipe
 from vllm_gqsa.offline.stream import BlockRunner
 
-__all__ = ["BlockContext", "BlockStage", "CompressedBlock", "Matrices", "install", "scale_of_errors"]
+__all__ = ["BlockContext", "BlockStage", "CompressedBlock", "Logits", "Matrices", "install", "scale_of_errors"]
 
+Logits = Callable[[int, torch.Tensor], torch.Tensor]
+"""From the number of a window and the last block's output ``[context, hidden_size]`` to logits
+``[context, vocabulary]``; gradients go back."""
 Matrices = dict[str, GroupSparseMatrix]
 _HELD_OUT = 8
 """One window in this many judges the result and is not trained on."""
@@ -83,6 +86,7 @@ class BlockContext:
         batch: windows at a time.
         device: where to compute.
         step: call with the number of steps done.
+        logits: of the last block only: what the model makes of its output.
         facts: a stage may note here what the report should say about it.
     """
 
@@ -98,6 +102,7 @@ class BlockContext:
     batch: int
     device: torch.device
     step: Callable[[int], None]
+    logits: Logits | None = None
     facts: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

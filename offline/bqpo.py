@@ -1,19 +1,21 @@
 """BQPO: kept weights, scales and zero points of one block, trained against the dense block's output.
 
 The block is fed what the compressed model feeds it and is to give what the dense block gives on what the dense model
-feeds that one, so each block also makes up for errors of those before it. On the device are one block's weights,
-gradients and optimiser state; both streams of hidden states stay where they are.
+feeds that one, so each block also makes up for errors of those before it. The last one is trained against the dense
+model's next-token distributions: what errors are left do not all count alike there. On the device are one block's
+weights, gradients and optimiser state, and what stands outside the blocks; both streams of hidden states stay where
+they are.
 """
 
 import torch
 from torch import nn
 
 from vllm_gqsa.offline.arithmetic import mixed, reproducible, resolve_precision
-from vllm_gqsa.offline.block import BlockContext, CompressedBlock
+from vllm_gqsa.offline.block import BlockContext, CompressedBlock, Logits
 from vllm_gqsa.offline.errors import InputError
 from vllm_gqsa.offline.quantizer import GroupSparseLinear
 from vllm_gqsa.offline.recipe import BlockTraining
-from vllm_gqsa.offline.training import Optimizer, replace_linears, sample_order
+from vllm_gqsa.offline.training import Optimizer, divergence, replace_linears, sample_order
 
 __all__ = ["bqpo"]
 
@@ -85,18 +87,36 @@ def _loss(
     context: BlockContext, settings: BlockTraining, precision: str, windows: torch.Tensor, *, backward: bool = False
 ) -> float:
     """Mean loss over all positions of some windows; with ``backward`` its gradients are added up too."""
-    total, positions = 0.0, len(windows) * context.inputs.shape[1]
+    total = 0.0
     for part in context.batches(windows):
         targets = context.targets[part].to(context.device)
         with torch.set_grad_enabled(backward), mixed(precision, context.device):
-            out = context.block(context.inputs[part].to(context.device))
-        squares = (out.float() - targets).square().mean(-1)
-        if settings.loss == "token":
-            squares = squares / targets.square().mean(-1)
-        elif settings.loss == "update":
-            squares = squares / context.error_scale[part].to(context.device)
-        loss = squares.sum() / positions
+            out = context.block(context.inputs[part].to(context.device)).float()
+        if context.logits is not None and settings.last_block == "kl":
+            losses = _divergences(context.logits, precision, part, out, targets)
+        else:
+            squares = (out - targets).square().mean(-1)
+            if settings.loss == "token":
+                squares = squares / targets.square().mean(-1)
+            elif settings.loss == "update":
+                squares = squares / context.error_scale[part].to(context.device)
+            losses = squares.mean(-1)
+        loss = losses.sum() / len(windows)
         if backward:
             loss.backward()
         total += float(loss.detach())
     return total
+
+
+def _divergences(
+    head: Logits, precision: str, windows: torch.Tensor, out: torch.Tensor, targets: torch.Tensor
+) -> torch.Tensor:
+    """KL divergences from the dense model's next-token distributions, ``[windows]``; one window at a time, since a
+    vocabulary is wide.
+    """
+    pieces = []
+    for window, ours, theirs in zip(windows.tolist(), out, targets, strict=True):
+        with mixed(precision, out.device):
+            logits, wanted = head(window, ours), head(window, theirs)
+        pieces.append(divergence(logits, wanted))
+    return torch.stack(pieces)

@@ -10,11 +10,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
@@ -32,7 +31,7 @@ from vllm_gqsa.offline.quantizer import GroupSparseLinear, MaskedLinear, Trained
 from vllm_gqsa.offline.recipe import Distillation, GradualPruning, Recipe, WholeModel
 from vllm_gqsa.offline.source import DenseModel
 from vllm_gqsa.offline.stream import load_weights, meta_model
-from vllm_gqsa.offline.training import Optimizer, replace_linears, sample_order
+from vllm_gqsa.offline.training import Optimizer, divergence, replace_linears, sample_order
 
 __all__ = ["SAVE_SECONDS", "EndToEndJob", "train_end_to_end"]
 
@@ -314,32 +313,10 @@ class _Losses:
         pieces = []
         for i in range(len(tokens)):  # a vocabulary is wide: the float32 logits of one window at a time
             if wanted is not None:
-                pieces.append(cast("torch.Tensor", _Divergence.apply(logits[i], wanted[i])))
+                pieces.append(divergence(logits[i], wanted[i]))
             else:
                 pieces.append(checkpoint(_cross_entropy, logits[i, :-1], tokens[i, 1:], use_reentrant=False))
         return torch.stack(pieces).mean()
-
-
-class _Divergence(torch.autograd.Function):
-    """KL divergence from the wanted next-token distributions, mean over the positions.
-
-    Its gradient is made in the forward pass and kept in the logits' dtype: a vocabulary is wide, and autograd would
-    keep three float32 tensors of its size.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:  # noqa: ANN401
-        ours, theirs = logits.float().log_softmax(-1), wanted.float().log_softmax(-1)
-        probabilities = theirs.exp()
-        loss = theirs.sub_(ours).mul_(probabilities).sum() / len(logits)
-        ctx.save_for_backward(ours.exp_().sub_(probabilities).div_(len(logits)).to(logits.dtype))
-        return loss
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # noqa: ANN401
-        (gradient,) = ctx.saved_tensors
-        return gradient * grad, None
 
 
 def _cross_entropy(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

@@ -45,6 +45,7 @@ class _Sizes:
         scales: those of scales and zero points alone.
         width: inputs and outputs of a block's linears, summed.
         half: bytes of a number in the arithmetic of training.
+        vocabulary: tokens to choose from.
     """
 
     hidden: int
@@ -56,10 +57,15 @@ class _Sizes:
     scales: float
     width: int
     half: int
+    vocabulary: int
 
     def activations(self, windows: int, context: int) -> int:
         """Bytes that a block's backward pass needs of its forward pass, roughly."""
         return 4 * 3 * windows * context * self.width
+
+    def logits(self, windows: int, context: int) -> int:
+        """Bytes of the logits of model and teacher, and of what their divergence needs, one window at a time."""
+        return (2 * self.half * windows + 3 * 4) * context * self.vocabulary
 
 
 def training_costs(
@@ -97,10 +103,11 @@ def training_costs(
         scales=scales / max(1, weights),
         width=sum(p.shape[0] + p.shape[1] for p in linears),
         half=2 if precision == "bfloat16" else 4,
+        vocabulary=config.vocab_size,
     )
     costs = {} if recipe.bqpo is None else {"bqpo": _block(sizes, recipe, batch)}
     for name, settings in recipe.whole_model_stages().items():
-        costs[name] = _end_to_end(sizes, recipe, settings, batch, len(blocks), config.vocab_size)
+        costs[name] = _end_to_end(sizes, recipe, settings, batch, len(blocks))
     return costs
 
 
@@ -113,12 +120,14 @@ def _block(sizes: _Sizes, recipe: Recipe, batch: int) -> StageCost:
     memory += 4 * (sizes.outside + 2 * recipe.samples * recipe.context * sizes.hidden)
     tokens = recipe.samples * recipe.context * recipe.bqpo.epochs
     steps = -(-recipe.samples // recipe.bqpo.batch) * recipe.bqpo.epochs
-    return StageCost(int(memory), 0, 6.0 * sizes.linears * tokens, float(_MOVED) * sizes.linears * steps)
+    operations = 6.0 * sizes.linears * tokens
+    if recipe.bqpo.last_block == "kl":  # the head forward and back, for the teacher forward
+        memory += sizes.logits(1, recipe.context)
+        operations += 6.0 * (sizes.token - sizes.linears) * tokens
+    return StageCost(int(memory), 0, operations, float(_MOVED) * sizes.linears * steps)
 
 
-def _end_to_end(
-    sizes: _Sizes, recipe: Recipe, settings: WholeModel, batch: int, blocks: int, vocabulary: int
-) -> StageCost:
+def _end_to_end(sizes: _Sizes, recipe: Recipe, settings: WholeModel, batch: int, blocks: int) -> StageCost:
     windows = min(batch, settings.batch)
     if isinstance(settings, GradualPruning):
         trained = 1.0
@@ -133,8 +142,8 @@ def _end_to_end(
     between = alive * (sizes.block * sizes.half + sizes.activations(windows, recipe.context))
     if not isinstance(settings, (Distillation, GradualPruning)):
         between += int(sizes.kept * (sizes.linears + 4 * alive * sizes.block))  # codes, and their values
-    logits = (2 * sizes.half * windows + 3 * 4) * recipe.context * vocabulary
-    memory = sizes.linears * trained * _PARAMETER + 4 * sizes.outside + teacher + between + logits
+    memory = sizes.linears * trained * _PARAMETER + 4 * sizes.outside + teacher + between
+    memory += sizes.logits(windows, recipe.context)
     # Forward and backward, the teacher forward; a checkpointed block forward once more.
     passes = 6 + (2 if settings.loss == "kl" else 0) + (2 if settings.checkpointing else 0)
     operations = float(passes) * sizes.token * settings.tokens

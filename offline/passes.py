@@ -151,6 +151,9 @@ def _compress_blocks(work: Work, shards: list[Path], names: list[list[str]]) -> 
         done += count
         work.progress("compressing", done, sum(steps))
 
+    def logits(window: int, hidden: torch.Tensor) -> torch.Tensor:
+        return stream.logits(work.calibration[window][None], hidden[None])[0]
+
     for index, shard in enumerate(shards):
         block = stream.block(index)
         update = block.advance(dense, work.batch, work.device)
@@ -160,7 +163,7 @@ def _compress_blocks(work: Work, shards: list[Path], names: list[list[str]]) -> 
         else:
             context = BlockContext(
                 index, block, linears[index], prefix, inputs, dense, scale_of_errors(update, dense), work.recipe,
-                work.batch, work.device, step,
+                work.batch, work.device, step, logits if index + 1 == len(shards) else None,
             )  # fmt: skip
             state, errors = CompressedBlock(), {}
             for name, stage in stages_of(work.recipe).items():

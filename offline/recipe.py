@@ -60,6 +60,9 @@ class BlockTraining(Training):
     """Squared error of the block's output: ``mse`` as it is, so that the few massive activations of a sequence's first
     positions outweigh all else; ``token`` relative to the output, ``update`` relative to what the block adds to its
     input, position by position, so that each counts the same."""
+    last_block: Literal["kl", "output"] = "kl"
+    """What the last block is trained against: ``kl`` the dense model's next-token distributions, ``output`` the dense
+    block's output, like all others."""
     patience: int = Field(default=2, ge=1)
     """Epochs without a better state after which a block is done; its best state counts, by one window in eight that is
     not trained on."""

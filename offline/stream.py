@@ -228,10 +228,20 @@ class ModelStream:
             float32 ``[context - 1]``, natural logarithm, one a window.
         """
         for window, state in zip(tokens, hidden, strict=True):
-            self._recorders[-1].replacement = state[None].to(self.device)
-            logits = self._model(window[None].to(self.device), use_cache=False).logits[0, :-1]
+            logits = self.logits(window[None], state[None].to(self.device))[0, :-1]
             yield nn.functional.cross_entropy(logits.float(), window[1:].to(self.device), reduction="none").cpu()
+
+    def logits(self, tokens: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits ``[windows, context, vocabulary]`` from the last block's output; gradients go back to it.
+
+        Args:
+            tokens: ``[windows, context]``.
+            hidden: ``[windows, context, hidden_size]``, output of the last block, on the device.
+        """
+        self._recorders[-1].replacement = hidden
+        logits: torch.Tensor = self._model(tokens.to(self.device), use_cache=False).logits
         self._recorders[-1].replacement = None
+        return logits
 
 
 def watch_inputs(

@@ -1,16 +1,18 @@
-"""What both training stages share: parameter groups, learning rates, and a stop at the first NaN."""
+"""What the training stages share: parameter groups, learning rates, a stop at the first NaN, and a loss."""
 
 import math
 from collections.abc import Mapping
+from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from vllm_gqsa.offline.errors import InputError
 from vllm_gqsa.offline.quantizer import TrainedLinear
 from vllm_gqsa.offline.recipe import Training
 
-__all__ = ["Optimizer", "replace_linears", "sample_order"]
+__all__ = ["Optimizer", "divergence", "replace_linears", "sample_order"]
 
 
 def replace_linears(
@@ -89,3 +91,33 @@ def sample_order(count: int, epoch: int, seed: int) -> torch.Tensor:
     """A permutation of ``count`` windows, another one in each epoch."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     return torch.randperm(count, generator=generator)
+
+
+def divergence(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """KL divergence from the wanted next-token distributions, mean over the positions.
+
+    Args:
+        logits: ``[positions, vocabulary]``.
+        wanted: logits of the same shape.
+    """
+    return cast("torch.Tensor", _Divergence.apply(logits, wanted))
+
+
+class _Divergence(torch.autograd.Function):
+    """Its gradient is made in the forward pass and kept in the logits' dtype: a vocabulary is wide, and autograd would
+    keep three float32 tensors of its size.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:  # noqa: ANN401
+        ours, theirs = logits.float().log_softmax(-1), wanted.float().log_softmax(-1)
+        probabilities = theirs.exp()
+        loss = theirs.sub_(ours).mul_(probabilities).sum() / len(logits)
+        ctx.save_for_backward(ours.exp_().sub_(probabilities).div_(len(logits)).to(logits.dtype))
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # noqa: ANN401
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad, None

@@ -133,6 +133,9 @@ def test_estimated_costs_grow_with_what_causes_them(dense):
     scales = cost(oqp=EndToEnd(tokens=1000))
     assert prune.state_bytes == 12 * weights
     assert prune.state_bytes > distill.state_bytes > 4 * scales.state_bytes
-    block = cost(bqpo=BlockTraining(epochs=3), samples=10, context=100)
+    block = cost(bqpo=BlockTraining(epochs=3, last_block="output"), samples=10, context=100)
     assert block.operations == 6 * weights * 3 * 1000
+    with_head = cost(bqpo=BlockTraining(epochs=3), samples=10, context=100)
+    assert with_head.operations == 6 * (weights + 300 * 64) * 3 * 1000
+    assert with_head.memory_bytes > block.memory_bytes
     assert cost(bqpo=BlockTraining(epochs=3, batch=4), samples=10).moved_bytes == 9 * 500 * weights
