@@ -1,6 +1,6 @@
 """One transformer block in the hands of the stages: what they get, and what they give."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,6 +86,8 @@ class BlockContext:
         batch: windows at a time.
         device: where to compute.
         step: call with the number of steps done.
+        gradient_squares: of linears by full name, where their rows are compared by them, see
+            :func:`vllm_gqsa.offline.gradients.gradient_squares`.
         logits: of the last block only: what the model makes of its output.
         facts: a stage may note here what the report should say about it.
     """
@@ -102,6 +104,7 @@ class BlockContext:
     batch: int
     device: torch.device
     step: Callable[[int], None]
+    gradient_squares: Mapping[str, torch.Tensor] = field(default_factory=dict)
     logits: Logits | None = None
     facts: dict[str, Any] = field(default_factory=dict)
 

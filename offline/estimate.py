@@ -10,6 +10,7 @@ import torch
 from vllm_gqsa.offline.arithmetic import fast_float32, resolve_precision
 from vllm_gqsa.offline.estimate_training import training_costs
 from vllm_gqsa.offline.families import Family
+from vllm_gqsa.offline.gradients import WINDOWS
 from vllm_gqsa.offline.head import head_name
 from vllm_gqsa.offline.perplexity import REPORTED_WINDOWS
 from vllm_gqsa.offline.recipe import Recipe
@@ -153,9 +154,9 @@ def _peak(
     # Hessians of all inputs; the inverse, its factor and two temporaries of the widest; a linear's copies.
     working = sum(k * k for k in widths) + 4 * max(widths) ** 2 + 3 * widest
     activations = batch * recipe.context * (4 * hidden + 3 * max(widths))
-    streams = hidden * (
-        2 * tokens + REPORTED_WINDOWS * recipe.context
-    )  # what the dense and the compressed model feed it
+    # What the dense and the compressed model feed it; for gradients, what is fed to all.
+    fed = 2 * tokens + REPORTED_WINDOWS * recipe.context
+    streams = hidden * max(fed, (len(blocks) + 2) * _gradient_tokens(recipe))
     logits = 3 * recipe.context * config.vocab_size
     return 4 * (outside + block + streams + max(working + activations, heads, logits))
 
@@ -165,6 +166,10 @@ def _head_floats(rows: int, hidden: int, group_size: int) -> int:
     groups = rows * hidden // group_size
     # Per group: its score, its place in the order of scores (int64), a mask; twice the packed result.
     return 4 * min(CHUNK, rows * hidden) + 4 * groups + rows * hidden // 4 + 5 * hidden**2
+
+
+def _gradient_tokens(recipe: Recipe) -> int:
+    return min(WINDOWS, recipe.samples) * recipe.context if recipe.importance == "kfac" else 0
 
 
 def _operations(
@@ -180,8 +185,9 @@ def _operations(
     """
     tokens = recipe.samples * recipe.context
     weights = sum(r * c for name, (r, c) in shapes.items() if name != head)
-    # Three times through each block to calibrate, once dense and once compressed to measure.
-    forward = 2.0 * weights * (3 * tokens + 2 * REPORTED_WINDOWS * recipe.context)
+    # Three times through each block to calibrate, twice and back for gradients, once dense and once compressed to
+    # measure.
+    forward = 2.0 * weights * (3 * tokens + 3 * _gradient_tokens(recipe) + 2 * REPORTED_WINDOWS * recipe.context)
     blocks = range(skeleton.config.num_hidden_layers)
     firsts = {names[0] for index in blocks for names in family.linear_names(index, recipe.ignore)} | {head}
     inputs = [c for name, (_, c) in shapes.items() if name in firsts]

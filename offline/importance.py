@@ -79,12 +79,19 @@ class InverseHessian:
 
 
 def group_importance(
-    weight: torch.Tensor, inverse: InverseHessian, group_size: int, formula: Importance
+    weight: torch.Tensor,
+    inverse: InverseHessian,
+    group_size: int,
+    formula: Importance,
+    gradient_square: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Importance of every group of a weight.
 
     * ``obs``: sum of w^2 / [H^-1]_jj (optimal brain surgeon).
     * ``wanda``: sum of w^2 H_jj (Wanda with squares).
+    * ``kfac``: that of ``obs`` times the mean square of the loss's gradient with respect to the row's output, by which
+      groups of different rows compare (a Kronecker product for the loss's curvature, arXiv 1503.05671, of its factor
+      for the outputs the diagonal).
     * ``block-obs``: w_Q^T ([H^-1]_QQ)^-1 w_Q, the loss of removing the group Q when all others may adapt.
 
     Args:
@@ -92,6 +99,7 @@ def group_importance(
         inverse: of the linear's input.
         group_size: G.
         formula: one of the above.
+        gradient_square: float32 ``[N]`` for ``kfac``; None where only groups of a row are compared.
 
     Returns:
         float32 ``[N, K / G]``, not negative; larger is more important.
@@ -105,4 +113,5 @@ def group_importance(
         lower = torch.linalg.cholesky(own)
         return torch.linalg.solve_triangular(lower, split, upper=False).square().sum(1).T.contiguous()
     scale = inverse.hessian_diagonal if formula == "wanda" else inverse.inverse.diagonal().reciprocal()
-    return (weight.square() * scale).view(rows, groups, group_size).sum(-1)
+    scores = (weight.square() * scale).view(rows, groups, group_size).sum(-1)
+    return scores if gradient_square is None else scores * gradient_square[:, None]

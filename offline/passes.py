@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from vllm_gqsa.offline import parallel
 from vllm_gqsa.offline.block import BlockContext, CompressedBlock, install, scale_of_errors
 from vllm_gqsa.offline.e2e import EndToEndJob, train_end_to_end
 from vllm_gqsa.offline.families import Family, family_of
-from vllm_gqsa.offline.files import PARTIAL, write_json
+from vllm_gqsa.offline.files import PARTIAL, write_json, write_tensors
+from vllm_gqsa.offline.gradients import WINDOWS, gradient_squares
 from vllm_gqsa.offline.head import compress_head
 from vllm_gqsa.offline.recipe import Recipe
 from vllm_gqsa.offline.source import DenseModel
@@ -138,6 +140,7 @@ def run_passes(work: Work) -> list[Path]:
 
 def _compress_blocks(work: Work, shards: list[Path], names: list[list[str]]) -> None:
     """Each block is fed what the compressed model feeds it, and compared with the dense block in the dense model."""
+    squares = _gradient_squares(work)
     stream = work.stream()
     inputs = stream.embed(work.calibration, work.batch, work.allocate)
     dense = work.allocate(tuple(inputs.shape)).copy_(inputs)
@@ -163,7 +166,7 @@ def _compress_blocks(work: Work, shards: list[Path], names: list[list[str]]) -> 
         else:
             context = BlockContext(
                 index, block, linears[index], prefix, inputs, dense, scale_of_errors(update, dense), work.recipe,
-                work.batch, work.device, step, logits if index + 1 == len(shards) else None,
+                work.batch, work.device, step, squares, logits if index + 1 == len(shards) else None,
             )  # fmt: skip
             state, errors = CompressedBlock(), {}
             for name, stage in stages_of(work.recipe).items():
@@ -178,6 +181,19 @@ def _compress_blocks(work: Work, shards: list[Path], names: list[list[str]]) -> 
             # Always from the file, so that a run that is continued feeds the next block the same numbers.
             install(block.module, prefix, work.block(shard))
             block.advance(inputs, work.batch, work.device)
+
+
+def _gradient_squares(work: Work) -> dict[str, torch.Tensor]:
+    """Those of all linears, where the mask depends on them."""
+    if work.recipe.importance != "kfac" or work.recipe.pattern != "matrix":
+        return {}
+    path = work.folder / "gradients.safetensors"
+    if not path.exists():
+        prefixes = [f"{work.family.blocks}.{index}." for index in range(len(work.linears()))]
+        linears = [{n.removeprefix(p): n for n in names} for p, names in zip(prefixes, work.linears(), strict=True)]
+        windows = work.calibration[:: -(-len(work.calibration) // WINDOWS)]
+        write_tensors(path, gradient_squares(work.stream(), windows, linears, work.allocate))
+    return {name: tensor.to(work.device) for name, tensor in load_file(path).items()}
 
 
 def _train(work: Work, name: str, names: list[list[str]], before: list[Path] | None, after: list[Path]) -> None:

@@ -24,7 +24,7 @@ __all__ = [
     "WholeModel",
 ]
 
-Importance = Literal["obs", "wanda", "block-obs"]
+Importance = Literal["obs", "wanda", "block-obs", "kfac"]
 Precision = Literal["auto", "bfloat16", "float32"]
 
 
@@ -167,7 +167,8 @@ class Recipe(BaseModel):
     of a group size but those that have a sparsity of their own; with ``prune`` only), or ``n:m`` (n of m adjacent
     groups)."""
     importance: Importance = "obs"
-    """Formula of a group's importance, see :mod:`vllm_gqsa.offline.importance`."""
+    """Formula of a group's importance, see :mod:`vllm_gqsa.offline.importance`; ``kfac`` is ``obs`` but with pattern
+    ``matrix``. ``prune`` has its own."""
     compensate: bool = True
     """Whether later weights take up the error of earlier ones (GPTQ / SparseGPT order), or are rounded as they are."""
     damping: float = Field(default=0.01, gt=0)
@@ -326,6 +327,6 @@ NAMED: Mapping[str, Recipe] = {
     "quick": Recipe(pattern="model", prune=GradualPruning(tokens=110_000, batch=1)),
     "default": Recipe(pattern="model", prune=GradualPruning(tokens=550_000, batch=1)),
     "best": Recipe(pattern="model", prune=GradualPruning(tokens=4_000_000, batch=2)),
-    "blockwise": Recipe(bqpo=BlockTraining()),
+    "blockwise": Recipe(pattern="matrix", importance="kfac", bqpo=BlockTraining()),
 }
 """Recipes by name. ``blockwise`` is for models too large to be trained as a whole."""

@@ -19,13 +19,16 @@ CHUNK = 1 << 24
 """Weights worked on at a time: an output head has a hundred thousand rows, which do not depend on each other."""
 
 
-def sparsify(weight: torch.Tensor, inverse: InverseHessian, recipe: Recipe) -> GroupSparseMatrix:
+def sparsify(
+    weight: torch.Tensor, inverse: InverseHessian, recipe: Recipe, gradient_square: torch.Tensor | None = None
+) -> GroupSparseMatrix:
     """Choose the groups to keep and quantise them.
 
     Args:
         weight: floating point ``[N, K]``, on any device.
         inverse: of the linear's input, ``K`` wide, on the device that computes.
         recipe: sparsity, pattern, importance, group size, compensation.
+        gradient_square: see :func:`vllm_gqsa.offline.importance.group_importance`.
 
     Returns:
         The matrix, on the CPU.
@@ -34,7 +37,9 @@ def sparsify(weight: torch.Tensor, inverse: InverseHessian, recipe: Recipe) -> G
         ValueError: the weight is not finite, or pattern or group size do not fit its shape.
     """
     chunks = weight.split(max(1, CHUNK // weight.shape[1]))
-    scores = torch.cat([_scores(chunk, inverse, recipe) for chunk in chunks])
+    squares = [None] * len(chunks) if gradient_square is None else gradient_square.split(chunks[0].shape[0])
+    pairs = zip(chunks, squares, strict=True)
+    scores = torch.cat([_scores(chunk, inverse, recipe, square) for chunk, square in pairs])
     keep = choose_groups(scores, recipe.sparsity, recipe.pattern)
     parts = zip(chunks, keep.split(chunks[0].shape[0]), strict=True)
     return GroupSparseMatrix.concat([_quantised(chunk, kept, inverse, recipe).to("cpu") for chunk, kept in parts])
@@ -47,10 +52,12 @@ def _alive(weight: torch.Tensor, inverse: InverseHessian) -> torch.Tensor:
     return weight
 
 
-def _scores(weight: torch.Tensor, inverse: InverseHessian, recipe: Recipe) -> torch.Tensor:
+def _scores(
+    weight: torch.Tensor, inverse: InverseHessian, recipe: Recipe, gradient_square: torch.Tensor | None
+) -> torch.Tensor:
     if not torch.isfinite(weight).all():
         raise ValueError("the weight holds infinite or NaN values")
-    return group_importance(_alive(weight, inverse), inverse, recipe.group_size, recipe.importance)
+    return group_importance(_alive(weight, inverse), inverse, recipe.group_size, recipe.importance, gradient_square)
 
 
 def _quantised(weight: torch.Tensor, keep: torch.Tensor, inverse: InverseHessian, recipe: Recipe) -> GroupSparseMatrix:

@@ -37,7 +37,8 @@ def one_shot(context: BlockContext, _state: CompressedBlock) -> CompressedBlock:
             inverse = InverseHessian.of(hessian, context.recipe.damping)
             for name in group:
                 weight: torch.Tensor = context.block.module.get_submodule(context.local[name]).weight  # type: ignore[assignment]
-                state.matrices[name] = sparsify(weight, inverse, context.recipe.for_linear(name))
+                recipe, gradient_square = context.recipe.for_linear(name), context.gradient_squares.get(name)
+                state.matrices[name] = sparsify(weight, inverse, recipe, gradient_square)
                 modules[name] = _output_error(weight, state.matrices[name].to_dense().to(weight.device), hessian)
                 context.step(1)
         except ValueError as error:

@@ -69,9 +69,11 @@ def methods(budget: Budget) -> list[Method]:
     trained = {"pattern": NAMED["default"].pattern, **_stages(NAMED["default"], budget.tokens)}
     # The one stage that any format can go through.
     rival = ours(distill=Distillation(tokens=budget.tokens, batch=1))
-    bqpo, oqp = BlockTraining(), EndToEnd(tokens=max(1, budget.tokens // 4), batch=1)
+    blockwise = ours(importance="kfac", bqpo=BlockTraining())
+    alike, oqp = BlockTraining(last_block="output"), EndToEnd(tokens=max(1, budget.tokens // 4), batch=1)
     on_text = oqp.model_copy(update={"loss": "ce"})
-    scopes = ("row", "2:4")
+    scopes, shares = ("row", "2:4"), (50, 20, 30, 40)
+    formulas = ("kfac", "wanda", "block-obs")
     main = ("main",)
     return [
         Method(DENSE, main),
@@ -90,18 +92,20 @@ def methods(budget: Budget) -> list[Method]:
         Method("W4S50 one-shot", ("sparsity", "stages", "importance"), ours()),
         *(Method(f"W4S{p} one-shot", ("sparsity",), ours(sparsity=p / 100)) for p in (0, 20, 30, 40)),
         *(Method(f"W4S{p} G16", ("sparsity",), ours(sparsity=p / 100, **trained)) for p in (20, 40)),
-        *(Method(f"W4S{p} BQPO", ("stages",), ours(sparsity=p / 100, bqpo=bqpo)) for p in (50, 20, 30, 40)),
+        *(Method(f"W4S{p} BQPO", ("stages",), blockwise.changed({"sparsity": p / 100})) for p in shares),
         *(
-            Method(f"W4S{p} BQPO + E2E-OQP", ("stages",), ours(sparsity=p / 100, bqpo=bqpo, oqp=oqp))
-            for p in (50, 20, 30, 40)
+            Method(f"W4S{p} BQPO + E2E-OQP", ("stages",), blockwise.changed({"sparsity": p / 100, "oqp": oqp}))
+            for p in shares
         ),
-        Method("W4S50 BQPO + E2E-OQP on cross-entropy", ("stages",), ours(bqpo=bqpo, oqp=on_text)),
-        Method("W4S50 BQPO, not compensated before", ("stages",), ours(bqpo=bqpo, compensate=False)),
+        Method("W4S50 BQPO + E2E-OQP on cross-entropy", ("stages",), blockwise.changed({"oqp": on_text})),
+        Method("W4S50 BQPO, importance obs", ("stages",), blockwise.changed({"importance": "obs"})),
+        Method("W4S50 BQPO, last block like the others", ("stages",), blockwise.changed({"bqpo": alike})),
+        Method("W4S50 BQPO, not compensated before", ("stages",), blockwise.changed({"compensate": False})),
         Method("W4S50 G16 + E2E-OQP", ("stages",), ours(oqp=oqp, **trained)),
         *(Method(f"W4S50 G{g}", ("group size",), ours(group_size=g, **trained)) for g in (32, 64)),
         *(Method(f"W4S50 {p} scope", ("scope",), ours(**trained | {"pattern": p})) for p in ("matrix", "row")),
         *(Method(f"W4S50 {p} one-shot + distillation", ("scope",), rival.changed({"pattern": p})) for p in scopes),
-        *(Method(f"W4S50 one-shot, {i}", ("importance",), ours(importance=i)) for i in ("wanda", "block-obs")),
+        *(Method(f"W4S50 one-shot, {i}", ("importance",), ours(importance=i)) for i in formulas),
     ]
 
 

@@ -76,6 +76,15 @@ def test_obs_and_wanda_are_their_formulas(inverse, weight):
         assert scores[2, 1].item() == pytest.approx(expected[0], rel=1e-5)
 
 
+def test_kfac_is_obs_times_the_gradients_of_the_outputs(inverse, weight):
+    squares = torch.rand(ROWS, generator=torch.Generator().manual_seed(0))
+    plain = group_importance(weight, inverse, GROUP, "obs")
+    torch.testing.assert_close(group_importance(weight, inverse, GROUP, "kfac", squares), plain * squares[:, None])
+    recipe = Recipe(sparsity=0.5, pattern="matrix", importance="kfac")
+    kept = sparsify(weight, inverse, recipe, squares).keep()
+    assert torch.equal(kept, choose_groups(plain * squares[:, None], 0.5, "matrix"))
+
+
 def test_dead_inputs_get_no_weight(inputs, weight):
     inputs = inputs.clone()
     inputs[:, 7] = 0
@@ -168,12 +177,22 @@ def test_compensation_is_gptq_as_written_in_its_paper(inverse, weight):
     assert same.float().mean() > 0.97
 
 
-@pytest.mark.parametrize("changes", [{}, {"pattern": "matrix"}, {"compensate": False}, {"importance": "block-obs"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"pattern": "matrix"},
+        {"compensate": False},
+        {"importance": "block-obs"},
+        {"pattern": "matrix", "importance": "kfac"},
+    ],
+)
 def test_a_large_weight_is_compressed_in_parts_as_it_is_whole(inverse, weight, monkeypatch, changes):
     recipe = Recipe(sparsity=0.25, **changes)
-    whole = sparsify(weight, inverse, recipe)
+    squares = torch.rand(ROWS, generator=torch.Generator().manual_seed(0)) if recipe.importance == "kfac" else None
+    whole = sparsify(weight, inverse, recipe, squares)
     monkeypatch.setattr(module, "CHUNK", 10 * COLUMNS)
-    parts = sparsify(weight, inverse, recipe)
+    parts = sparsify(weight, inverse, recipe, squares)
     parts.validate("parts", (ROWS, COLUMNS))
     assert torch.equal(parts.keep(), whole.keep())
     torch.testing.assert_close(parts.to_dense(), whole.to_dense(), rtol=1e-3, atol=1e-3)
