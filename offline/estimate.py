@@ -20,6 +20,8 @@ from vllm_gqsa.offline.stream import meta_model
 
 __all__ = ["DENSE_INT4_BITS", "Estimate", "estimate", "module_bytes"]
 
+_MEMORY = 8e9
+"""Bytes of hidden states that are kept in memory, unless `gqsa compress --memory` says otherwise."""
 _TRAINING_SPEED = 0.7
 """Share of a large matrix product's speed that the products of training reach, roughly."""
 DENSE_INT4_BITS = 4.125
@@ -119,6 +121,7 @@ def estimate(
             training[name] = {"memory_bytes": cost.memory_bytes, "seconds": seconds_of_stage}
     # Each pass leaves its shards until the checkpoint is finished; the state is written anew beside the old one.
     passes = len({"blocks", *costs} - ({"blocks"} if recipe.prune else set()) - {"bqpo"})
+    states = _gradient_states(model.config, recipe)
     state = max((2 * cost.state_bytes for cost in costs.values()), default=0)
     return Estimate(
         blocks=count,
@@ -127,7 +130,7 @@ def estimate(
         bits_per_weight=8 * stored / weights,
         output_bytes=output,
         dense_bytes=model.nbytes,
-        disk_bytes=passes * output + output // count + state,
+        disk_bytes=passes * output + output // count + max(state, 4 * states if _is_mapped(states) else 0),
         peak_memory_bytes=max(peak, *(cost.memory_bytes for cost in costs.values()), 0),
         seconds=seconds + sum(cost["seconds"] for cost in training.values()),
         gflops=gflops,
@@ -154,9 +157,10 @@ def _peak(
     # Hessians of all inputs; the inverse, its factor and two temporaries of the widest; a linear's copies.
     working = sum(k * k for k in widths) + 4 * max(widths) ** 2 + 3 * widest
     activations = batch * recipe.context * (4 * hidden + 3 * max(widths))
-    # What the dense and the compressed model feed it; for gradients, what is fed to all.
-    fed = 2 * tokens + REPORTED_WINDOWS * recipe.context
-    streams = hidden * max(fed, (len(blocks) + 2) * _gradient_tokens(recipe))
+    # What the dense and the compressed model feed it; for gradients, what is fed to all, unless that goes to files.
+    fed = hidden * (2 * tokens + REPORTED_WINDOWS * recipe.context)
+    states = _gradient_states(config, recipe)
+    streams = max(fed, 0 if _is_mapped(states) else states)
     logits = 3 * recipe.context * config.vocab_size
     return 4 * (outside + block + streams + max(working + activations, heads, logits))
 
@@ -170,6 +174,16 @@ def _head_floats(rows: int, hidden: int, group_size: int) -> int:
 
 def _gradient_tokens(recipe: Recipe) -> int:
     return min(WINDOWS, recipe.samples) * recipe.context if recipe.importance == "kfac" else 0
+
+
+def _gradient_states(config: Any, recipe: Recipe) -> int:  # noqa: ANN401 - a transformers configuration
+    """Floats that are kept between the passes forward and back."""
+    return int(config.hidden_size) * (config.num_hidden_layers + 1) * _gradient_tokens(recipe)
+
+
+def _is_mapped(floats: int) -> bool:
+    """Whether hidden states are kept in files; there are two streams of them, of one size."""
+    return 2 * 4 * floats > _MEMORY
 
 
 def _operations(

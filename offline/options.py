@@ -82,11 +82,16 @@ Pattern = Annotated[
     str | None,
     typer.Option(
         help="Scope of the mask: row (every row keeps the same number), matrix, model (with prune only), or n:m (n of "
-        "m adjacent groups).  [quick, default, best: model; else: row]"
+        "m adjacent groups).  [quick, default, best: model; blockwise: "
+        "matrix; one-shot: row]"
     ),
 ]
 ImportanceOption = Annotated[
-    Importance | None, typer.Option(help="How a group's importance is computed from the Hessian.  [named recipes: obs]")
+    Importance | None,
+    typer.Option(
+        help="How a group's importance is computed from the Hessian; kfac: and from the loss's gradients, for pattern "
+        "matrix.  [blockwise: kfac; one-shot: obs]"
+    ),
 ]
 Compensate = Annotated[
     bool | None,
