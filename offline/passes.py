@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from vllm_gqsa.offline import parallel
+from vllm_gqsa.offline.arithmetic import reproducible
 from vllm_gqsa.offline.block import BlockContext, CompressedBlock, install, scale_of_errors
 from vllm_gqsa.offline.e2e import EndToEndJob, train_end_to_end
 from vllm_gqsa.offline.families import Family, family_of
@@ -192,7 +193,8 @@ def _gradient_squares(work: Work) -> dict[str, torch.Tensor]:
         prefixes = [f"{work.family.blocks}.{index}." for index in range(len(work.linears()))]
         linears = [{n.removeprefix(p): n for n in names} for p, names in zip(prefixes, work.linears(), strict=True)]
         windows = work.calibration[:: -(-len(work.calibration) // WINDOWS)]
-        write_tensors(path, gradient_squares(work.stream(), windows, linears, work.allocate))
+        with reproducible(work.device):
+            write_tensors(path, gradient_squares(work.stream(), windows, linears, work.allocate))
     return {name: tensor.to(work.device) for name, tensor in load_file(path).items()}
 
 
