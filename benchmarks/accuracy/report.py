@@ -88,14 +88,23 @@ def plot(document: Row, path: Path) -> None:
     labels = [_label(score) for row in rows for score in row["scores"]]
     text = max(labels, key=labels.count, default="")
     found = [(row, score["perplexity"]) for row in rows for score in row["scores"] if _label(score) == text]
+    at_right: list[tuple[float, float]] = []
     for row, perplexity in found:
-        if row["bits_per_weight"] == 16:
-            axis.axhline(perplexity, color="gray", linestyle=":", label="dense")
+        bits = row["bits_per_weight"]
+        if bits == 16:
+            axis.axhline(perplexity, color="gray", linestyle=":")
+            axis.annotate("dense", (0, perplexity), xycoords=("axes fraction", "data"), xytext=(4, 4),
+                          textcoords="offset points", fontsize=8)  # fmt: skip
             continue
         ours = row["method"].startswith(("W4S", "GQSA"))
-        axis.scatter(row["bits_per_weight"], perplexity, color="tab:blue" if ours else "tab:orange")
-        axis.annotate(row["method"], (row["bits_per_weight"], perplexity), xytext=(4, 4),
-                      textcoords="offset points", fontsize=8)  # fmt: skip
+        axis.scatter(bits, perplexity, color="tab:blue" if ours else "tab:orange")
+        # Of two points side by side one has its name at the left.
+        near = any(abs(bits - b) < 0.1 and 0.8 < perplexity / p < 1.25 for b, p in at_right)
+        axis.annotate(row["method"], (bits, perplexity), xytext=(-4 if near else 4, 4),
+                      ha="right" if near else "left", textcoords="offset points", fontsize=8)  # fmt: skip
+        if not near:
+            at_right.append((bits, perplexity))
+    axis.margins(x=0.15)
     axis.set(xlabel="bits a weight, all included", ylabel="perplexity", yscale="log")
     axis.set_title(f"{document['model']}: {text}")
     figure.tight_layout()
