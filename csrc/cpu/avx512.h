@@ -66,24 +66,43 @@ inline uint32_t ones(int64_t from, int64_t to) {  // bits from..to - 1 of 16, cl
     return below(to) & ~below(from);
 }
 
+template <int count>
+inline __m256i load_words(const uint16_t* from) {
+    if constexpr (count == 16) {
+        return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    } else if constexpr (count == 8) {
+        return _mm256_castsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+    } else if constexpr (count == 4) {
+        return _mm256_castsi128_si256(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+    } else {
+        int32_t both;
+        std::memcpy(&both, from, sizeof both);
+        return _mm256_castsi128_si256(_mm_cvtsi32_si128(both));
+    }
+}
+
 // The 16-bit words of the 16 units of a chunk, 0 for those outside of the row: scale 0 and zero point 0.
 template <int G, bool whole, int Tokens>
 inline __m256i load_scale_zero(const Weight& weight, int64_t chunk, const Row& row) {
-    constexpr int parts = units_per_group(G);
-    const int64_t first = chunk * 16;
+    constexpr int parts = units_per_group(G), groups = 16 / parts;
+    const int64_t first = chunk * groups;
+    const uint16_t* from = weight.scale_zero + first;
     // With one token the hardware keeps up by itself, and is slower when it is helped.
-    if (Tokens > 1) fetch(weight.scale_zero + first / parts, kScalesAhead);
-    if constexpr (parts == 1 && whole) {
-        return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(weight.scale_zero + first));
-    } else if constexpr (parts == 1) {
-        const uint32_t inside = ones(row.begin - first, row.end - first);
-        return _mm256_maskz_loadu_epi16(static_cast<__mmask16>(inside), weight.scale_zero + first);
+    if (Tokens > 1) fetch(from, kScalesAhead);
+    __m256i words;
+    if constexpr (whole) {
+        words = load_words<groups>(from);
     } else {
-        // A row begins and ends with a whole group, so its units are inside together.
-        constexpr int groups = 16 / parts;
-        const uint32_t mask = whole ? 0xFFFF : ones((row.begin - first) / parts, (row.end - first + parts - 1) / parts);
-        const __m256i words = _mm256_maskz_loadu_epi16(static_cast<__mmask16>(mask & ((1u << groups) - 1)),
-                                                       weight.scale_zero + first / parts);
+        // A row begins and ends with a whole group. Masked loads of what is not in a cache are slow, so there is one only
+        // where the matrix ends.
+        const auto inside = static_cast<__mmask16>(ones(row.begin / parts - first, row.end / parts - first));
+        words = first + groups <= weight.crow_indices[weight.rows]
+                    ? _mm256_maskz_mov_epi16(inside, load_words<groups>(from))
+                    : _mm256_maskz_loadu_epi16(inside, from);
+    }
+    if constexpr (parts == 1) {
+        return words;
+    } else {
         const __m256i lane = _mm256_setr_epi16(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
         return _mm256_permutexvar_epi16(_mm256_srli_epi16(lane, parts == 2 ? 1 : parts == 4 ? 2 : 3), words);
     }
