@@ -12,6 +12,7 @@ from vllm_gqsa.offline.estimate_training import training_costs
 from vllm_gqsa.offline.families import Family
 from vllm_gqsa.offline.gradients import WINDOWS
 from vllm_gqsa.offline.head import head_name
+from vllm_gqsa.offline.passes import MEMORY
 from vllm_gqsa.offline.perplexity import REPORTED_WINDOWS
 from vllm_gqsa.offline.recipe import Recipe
 from vllm_gqsa.offline.source import DenseModel
@@ -20,8 +21,6 @@ from vllm_gqsa.offline.stream import meta_model
 
 __all__ = ["DENSE_INT4_BITS", "Estimate", "estimate", "module_bytes"]
 
-_MEMORY = 8e9
-"""Bytes of hidden states that are kept in memory, unless `gqsa compress --memory` says otherwise."""
 _TRAINING_SPEED = 0.7
 """Share of a large matrix product's speed that the products of training reach, roughly."""
 DENSE_INT4_BITS = 4.125
@@ -173,7 +172,7 @@ def _head_floats(rows: int, hidden: int, group_size: int) -> int:
 
 
 def _gradient_tokens(recipe: Recipe) -> int:
-    return min(WINDOWS, recipe.samples) * recipe.context if recipe.importance == "kfac" else 0
+    return min(WINDOWS, recipe.samples) * recipe.context if recipe.compares_rows_by_gradients else 0
 
 
 def _gradient_states(config: Any, recipe: Recipe) -> int:  # noqa: ANN401 - a transformers configuration
@@ -182,8 +181,8 @@ def _gradient_states(config: Any, recipe: Recipe) -> int:  # noqa: ANN401 - a tr
 
 
 def _is_mapped(floats: int) -> bool:
-    """Whether hidden states are kept in files; there are two streams of them, of one size."""
-    return 2 * 4 * floats > _MEMORY
+    """Whether hidden states go to files by the default of ``--memory``, see :meth:`Work.allocate` in ``passes.py``."""
+    return 2 * 4 * floats > MEMORY
 
 
 def _operations(

@@ -26,8 +26,10 @@ from vllm_gqsa.offline.stages import stages_of
 from vllm_gqsa.offline.stream import BlockRunner, ModelStream, meta_model, watch_inputs
 from vllm_gqsa.offline.writer import read_block, shard_paths, write_block, write_head
 
-__all__ = ["Progress", "Work", "follow", "run_passes"]
+__all__ = ["MEMORY", "Progress", "Work", "follow", "run_passes"]
 
+MEMORY = 8e9
+"""Bytes of hidden states above which they are mapped from files, unless a job says otherwise."""
 _JUDGES = 8
 """Calibration windows that errors are measured on after training."""
 Progress = Callable[[str, int, int], None]
@@ -101,8 +103,8 @@ class Work:
         return ModelStream(self.model, self.model.config, self.family, self.device)
 
     def allocate(self, shape: tuple[int, ...]) -> torch.Tensor:
-        """One of two streams of hidden states, float32, uninitialised; in a file that has no name any more where both
-        together are larger than ``memory``.
+        """Hidden states, float32, uninitialised; in a file that has no name any more where two of their size, such as
+        the streams of the dense and of the compressed model, are larger than ``memory``.
         """
         count = torch.Size(shape).numel()
         if 2 * 4 * count <= self.memory:
@@ -186,7 +188,7 @@ def _compress_blocks(work: Work, shards: list[Path], names: list[list[str]]) -> 
 
 def _gradient_squares(work: Work) -> dict[str, torch.Tensor]:
     """Those of all linears, where the mask depends on them."""
-    if work.recipe.importance != "kfac" or work.recipe.pattern != "matrix":
+    if not work.recipe.compares_rows_by_gradients:
         return {}
     path = work.folder / "gradients.safetensors"
     if not path.exists():

@@ -18,7 +18,7 @@ from vllm_gqsa.offline.errors import InputError
 from vllm_gqsa.offline.families import Family, family_of
 from vllm_gqsa.offline.files import WORK_FOLDER, digest_files, digest_tensor, open_run, write_atomically, write_json
 from vllm_gqsa.offline.head import find_head
-from vllm_gqsa.offline.passes import Progress, Work, run_passes
+from vllm_gqsa.offline.passes import MEMORY, Progress, Work, run_passes
 from vllm_gqsa.offline.perplexity import REPORTED_WINDOWS, Perplexity, streamed_perplexity
 from vllm_gqsa.offline.recipe import NAMED, Recipe
 from vllm_gqsa.offline.source import DenseModel
@@ -58,7 +58,7 @@ class Job:
     evaluation_windows: int = REPORTED_WINDOWS
     device: str = "cpu"
     batch: int = 8
-    memory: float = 8e9
+    memory: float = MEMORY
     restart: bool = False
 
     def command(self) -> str:
@@ -241,12 +241,12 @@ def split_text(job: Job, model: DenseModel) -> tuple[torch.Tensor, torch.Tensor,
         held = min(job.evaluation_windows, windows.shape[0] - recipe.samples)
         if held < 1:
             raise InputError(
-                f"{job.calibration.name}: its {windows.shape[0]} windows of {recipe.context} tokens leave none to "
+                f"{job.calibration.label}: its {windows.shape[0]} windows of {recipe.context} tokens leave none to "
                 f"measure perplexity on after {recipe.samples} for calibration; give --eval-text, more text, or fewer "
                 "--samples"
             )
-        windows, measured, text = windows[:-held], windows[-held:], f"{job.calibration.name} (held-out end)"
-    chosen = choose_windows(windows[:pool], recipe.samples, recipe.seed, job.calibration.name)
+        windows, measured, text = windows[:-held], windows[-held:], f"{job.calibration.label} (held-out end)"
+    chosen = choose_windows(windows[:pool], recipe.samples, recipe.seed, job.calibration.label)
     return chosen, windows if training else windows[:0], measured, text
 
 

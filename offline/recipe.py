@@ -202,6 +202,11 @@ class Recipe(BaseModel):
         stages = {"prune": self.prune, "distill": self.distill, "oqp": self.oqp}
         return {name: stage for name, stage in stages.items() if stage is not None}
 
+    @property
+    def compares_rows_by_gradients(self) -> bool:
+        """Whether the mask depends on gradients of the dense model's loss."""
+        return self.importance == "kfac" and self.pattern == "matrix" and self.prune is None
+
     def sparsity_of(self, name: str) -> float:
         """Share of groups to prune in the linear ``name`` (the head has its own, see :meth:`for_head`)."""
         shares = (each.sparsity for each in self._overrides_of(name))

@@ -33,6 +33,11 @@ class TextSource:
     column: str = "text"
     more: tuple[str, ...] = ()
 
+    @property
+    def label(self) -> str:
+        """All names, for messages and reports."""
+        return ", ".join((self.name, *self.more))
+
 
 def read_documents(source: TextSource) -> Iterator[str]:
     """Yield the documents of a text source.
@@ -100,7 +105,7 @@ def token_windows(source: TextSource, tokenizer: Any, context: int, most: int | 
     tokens = tokenizer("\n\n".join(texts), return_tensors="pt", verbose=False).input_ids[0]
     count = tokens.numel() // context
     if count == 0:
-        raise InputError(f"{source.name}: {tokens.numel()} tokens of text are less than one window of {context}")
+        raise InputError(f"{source.label}: {tokens.numel()} tokens of text are less than one window of {context}")
     windows: torch.Tensor = tokens[: count * context].view(count, context)
     return windows[:most]
 

@@ -66,6 +66,7 @@ inline uint32_t ones(int64_t from, int64_t to) {  // bits from..to - 1 of 16, cl
     return below(to) & ~below(from);
 }
 
+// 2, 4, 8 or 16 words of 16 bits, the first in the lowest lane; the lanes behind them hold anything.
 template <int count>
 inline __m256i load_words(const uint16_t* from) {
     if constexpr (count == 16) {

@@ -81,6 +81,9 @@ def test_windows_are_the_text_cut_without_overlap(text, tokenizer):
 def test_too_little_text_is_refused(files, tokenizer):
     with pytest.raises(InputError, match="tokens of text are less than one window of 5000"):
         token_windows(TextSource(str(files / "a.jsonl")), tokenizer, 5000)
+    both = TextSource(str(files / "a.jsonl"), more=(str(files / "d.txt"),))
+    with pytest.raises(InputError, match="a.jsonl, .*d.txt: .* less than one window of 5000"):
+        token_windows(both, tokenizer, 5000)
     with pytest.raises(InputError, match="holds 2 windows of 8 tokens, 3 are asked for"):
         choose_windows(torch.zeros(2, 8), 3, 0, "x")
 
