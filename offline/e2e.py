@@ -122,7 +122,7 @@ def _teacher(job: EndToEndJob) -> nn.Module:
     """The dense model, in the arithmetic of the training."""
     model: PreTrainedModel = meta_model(job.model.config)
     load_weights(model, job.model, job.model.config, job.device, dtype=getattr(torch, job.precision))
-    use_plain_attention(model, job.device, job.precision, job.windows.shape[1])
+    use_plain_attention(model, job.device, job.precision)
     return model
 
 

@@ -28,12 +28,14 @@ def load_transformers(folder: Path, dtype: str, device: str) -> Any:  # noqa: AN
     from transformers import AutoModelForCausalLM  # noqa: PLC0415 - slow to import
 
     import vllm_gqsa.hf  # noqa: F401, PLC0415 - registers the quantiser
+    from vllm_gqsa.offline.attention import use_plain_attention  # noqa: PLC0415
 
     model: Any
     model, loading = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), output_loading_info=True)
     if loading["missing_keys"]:
         # transformers only warns, and gives random values to what is missing.
         raise InputError(f"{folder}: tensor {min(loading['missing_keys'])} is missing")
+    use_plain_attention(model, torch.device(device), dtype)
     return model.to(device).eval()
 
 

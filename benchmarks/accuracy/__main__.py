@@ -57,6 +57,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--text", type=_text, action="append", help="NAME=FILE, text to measure perplexity on [the rest of that help]")
     add("--contexts", type=int, nargs="+", default=[1024, 2048], help="tokens a window of it [1024 2048]")
     add("--windows", type=int, help="measure on the first windows only")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="to measure in [%(default)s]")
     add("--task", type=Path, action="append", default=[], help="task file, see `gqsa eval --help`")
     add("--limit", type=int, help="use the first items of a task only")
     add("--tokens", type=int, default=131_072, help="tokens to train on end to end [%(default)s]")
@@ -109,8 +110,8 @@ def prepare(options: argparse.Namespace) -> tuple[Bench, str]:
     assert recipe is not None
     name = MODEL if options.model is None else model.name
     bench = Bench(
-        model, calibration, folder, scores, tuple(options.task), options.limit, recipe, options.device,
-        lambda line: print(line, flush=True),
+        model, calibration, folder, scores, tuple(options.task), options.limit, options.dtype, recipe,
+        options.device, lambda line: print(line, flush=True),
     )  # fmt: skip
     return bench, name
 

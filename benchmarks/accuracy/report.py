@@ -48,11 +48,11 @@ def _methods(document: Row, table: str) -> list[Row]:
 
 def _table(rows: list[Row]) -> list[str]:
     scores = list(dict.fromkeys(_label(score) for row in rows for score in row["scores"]))
-    tasks = list(dict.fromkeys(task["task"] for row in rows for task in row["tasks"]))
+    tasks = list(dict.fromkeys(_task_label(task) for row in rows for task in row["tasks"]))
     body = []
     for row in rows:
         found = {_label(score): score["perplexity"] for score in row["scores"]}
-        accuracy = {task["task"]: _accuracy(task) for task in row["tasks"]}
+        accuracy = {_task_label(task): _accuracy(task) for task in row["tasks"]}
         body.append([
             row["method"], number(row["bits_per_weight"]),
             *(number(found.get(score), 1) for score in scores), *(accuracy.get(task, NONE) for task in tasks),
@@ -62,7 +62,11 @@ def _table(rows: list[Row]) -> list[str]:
 
 
 def _label(score: Row) -> str:
-    return f"{score['text']}, context {score['context']} ({score['tokens']:,} tokens)"
+    return f"{score['text']}, context {score['context']} ({score['tokens']:,} tokens, {score['dtype']})"
+
+
+def _task_label(task: Row) -> str:
+    return f"{task['task']} ({task['items']:,} items)"
 
 
 def _accuracy(task: Row) -> str:

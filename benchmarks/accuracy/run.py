@@ -73,6 +73,7 @@ class Bench:
         scores: perplexities to measure.
         tasks: task files to score by `gqsa eval --task`.
         limit: items of each task; all if None.
+        dtype: of the activations, where models are measured.
         recipe: samples, context and tokens that peers get their calibration windows by.
         device: torch device.
         say: told what is being done.
@@ -84,6 +85,7 @@ class Bench:
     scores: tuple[Score, ...]
     tasks: tuple[Path, ...]
     limit: int | None
+    dtype: str
     recipe: Recipe
     device: str
     say: Say
@@ -168,15 +170,15 @@ class Bench:
         return calibration, training
 
     def _score(self, place: Path, model: Path, score: Score) -> None:
-        name = f"ppl-{score.label}-{score.context}-{score.windows or 'all'}.json"
+        name = f"ppl-{score.label}-{score.context}-{score.windows or 'all'}-{self.dtype}.json"
         asked = ["--max-windows", str(score.windows)] if score.windows else []
 
         def measure() -> dict[str, Any]:
             found = _gqsa_json(
                 "eval", str(model), "--text", str(score.text), "--context", str(score.context),
-                "--device", self.device, *asked,
+                "--dtype", self.dtype, "--device", self.device, *asked,
             )  # fmt: skip
-            kept = {key: found[key] for key in ("perplexity", "tokens", "windows", "context")}
+            kept = {key: found[key] for key in ("perplexity", "tokens", "windows", "context", "dtype")}
             return {"text": score.label, **kept}
 
         _once(place / name, score.text, measure)
@@ -185,9 +187,13 @@ class Bench:
         asked = ["--limit", str(self.limit)] if self.limit else []
 
         def measure() -> dict[str, Any]:
-            return dict(_gqsa_json("eval", str(model), "--task", str(task), "--device", self.device, *asked))
+            found = _gqsa_json(
+                "eval", str(model), "--task", str(task), "--dtype", self.dtype, "--device", self.device, *asked
+            )
+            (score,) = found["tasks"]
+            return {**score, "task": task.name.split(".")[0], "dtype": found["dtype"]}
 
-        _once(place / f"task-{task.stem}-{self.limit or 'all'}.json", task, measure)
+        _once(place / f"task-{task.stem}-{self.limit or 'all'}-{self.dtype}.json", task, measure)
 
     def _progress(self, what: str) -> Callable[[int, int], None]:
         def progress(done: int, total: int) -> None:

@@ -146,6 +146,21 @@ def test_the_whole_command(run, capsys):
     assert "holds models of another budget" in capsys.readouterr().err
 
 
+def test_tasks_and_dtype(run):
+    task = run.folder / "words.jsonl"
+    lines = [{"query": "one two", "choices": ["three", "four five"], "gold": number % 2} for number in range(3)]
+    task.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    status, document = run("dense", "--task", str(task), "--limit", "2", "--dtype", "bfloat16")
+    assert status == 0
+    assert [row["dtype"] for row in document["rows"]] == ["bfloat16"]
+    (score,) = document["tasks"]
+    assert (score["method"], score["task"], score["items"], score["dtype"]) == ("dense", "words", 2, "bfloat16")
+    assert score["acc"] == 0.5  # the same choice for the same question, right once
+    assert "| dense | 16.00 |" in (report := (run.folder / "accuracy-llama.md").read_text())
+    assert "words (2 items)" in report
+    assert "50.0 %" in report
+
+
 def test_results_of_another_form_are_refused(run, capsys):
     (run.folder / "accuracy-llama.json").write_text('{"methods": []}')
     assert run("dense")[0] == 1
@@ -171,12 +186,14 @@ def test_all_methods_calibrate_on_the_same_windows(dense, text):  # noqa: F811
 def test_report_of_rows_with_different_scores(tmp_path):
     def rows(name, tables, **scores):
         facts = {"method": name, "tables": tables, "bits_per_weight": 2.57, "tokens_trained": 9, "minutes": 1.0}
-        return [facts | {"text": t, "context": 64, "tokens": 63, "perplexity": p} for t, p in scores.items()]
+        facts |= {"context": 64, "tokens": 63, "dtype": "float32"}
+        return [facts | {"text": t, "perplexity": p} for t, p in scores.items()]
 
     a, b = rows("a", ["main", "scope"], wiki=20.0), rows("b", ["main", "scope", "stages"], wiki=30.0, web=40.0)
     document = {
         "model": "m", "date": "today", "versions": {"torch": "2"}, "budget": {"samples": 1, "context": 2, "tokens": 3},
-        "rows": a + b, "tasks": [{**row, "task": "piqa", "acc": 0.6, "acc_norm": 0.625} for row in (a[0], b[0])],
+        "rows": a + b,
+        "tasks": [{**row, "task": "piqa", "items": 8, "acc": 0.6, "acc_norm": 0.625} for row in (a[0], b[0])],
     }  # fmt: skip
     lines = markdown(document).splitlines()
     assert "| a | 2.57 | 20.0 | – | 62.5 % | 9 | 1 |" in lines

@@ -7,6 +7,7 @@ import torch
 import transformers as hf
 
 from tests.helpers import FAMILIES, VOCABULARY, dense_config
+from vllm_gqsa.offline import attention
 from vllm_gqsa.offline.attention import use_plain_attention
 
 CPU = torch.device("cpu")
@@ -17,8 +18,10 @@ def model_of(family, **changes):
     return hf.AutoModelForCausalLM.from_config(dense_config(family, **changes), dtype=torch.bfloat16).eval()
 
 
+@pytest.mark.parametrize("queries", [20, 256])
 @pytest.mark.parametrize("family", [*FAMILIES, "mixtral", "windowed"])
-def test_it_is_as_close_to_float32_as_torchs_attention(family):
+def test_it_is_as_close_to_float32_as_torchs_attention(family, queries, monkeypatch):
+    monkeypatch.setattr(attention, "_QUERIES", queries)  # 20: two whole blocks and a part
     model = model_of("mistral", sliding_window=7) if family == "windowed" else model_of(family)
     tokens = torch.randint(3, VOCABULARY, (2, 48), generator=torch.Generator().manual_seed(1))
 
@@ -32,7 +35,7 @@ def test_it_is_as_close_to_float32_as_torchs_attention(family):
     exact = run(copy.deepcopy(model).float())
     torchs = run(model)
     before = model.config._attn_implementation
-    use_plain_attention(model, CPU, "bfloat16", 48)
+    use_plain_attention(model, CPU, "bfloat16")
     assert model.config._attn_implementation != before
     ours = run(model)
     assert ours.keys() == torchs.keys() == exact.keys()
@@ -50,3 +53,14 @@ def test_elsewhere_torchs_own_stays(device, precision, context):
     before = model.config._attn_implementation
     use_plain_attention(model, device, precision, context)
     assert model.config._attn_implementation == before
+
+
+def test_keys_behind_a_query_are_seen_where_attention_is_not_causal():
+    """As in an encoder: the mask says what is hidden, whatever stands behind."""
+    query, key, value = torch.randn(3, 1, 2, 5, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    mask = torch.zeros(1, 1, 5, 5)
+    module = torch.nn.Module()
+    module.is_causal = False
+    ours = attention._plain_attention(module, query, key, value, mask, 8**-0.5)[0]
+    torchs = torch.nn.functional.scaled_dot_product_attention(query.float(), key.float(), value.float())
+    assert torch.allclose(ours.float(), torchs.transpose(1, 2), atol=0.02)
