@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from vllm_gqsa.offline import parallel
-from vllm_gqsa.offline.arithmetic import reproducible
+from vllm_gqsa.offline.arithmetic import reproducible, resolve_precision
 from vllm_gqsa.offline.block import BlockContext, CompressedBlock, install, scale_of_errors
 from vllm_gqsa.offline.e2e import EndToEndJob, train_end_to_end
 from vllm_gqsa.offline.families import Family, family_of
@@ -145,6 +145,8 @@ def _compress_blocks(work: Work, shards: list[Path], names: list[list[str]]) -> 
     """Each block is fed what the compressed model feeds it, and compared with the dense block in the dense model."""
     squares = _gradient_squares(work)
     stream = work.stream()
+    if work.recipe.bqpo is not None:
+        stream.prepare_training(resolve_precision(work.recipe.precision, work.device), work.calibration.shape[1])
     inputs = stream.embed(work.calibration, work.batch, work.allocate)
     dense = work.allocate(tuple(inputs.shape)).copy_(inputs)
     linears = [work.family.linear_names(i, work.recipe.ignore) for i in range(len(shards))]

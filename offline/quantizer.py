@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from vllm_gqsa.format import GroupSparseMatrix, decode_scale_zero, quantize_groups, round_scale, unpack_nibbles
+from vllm_gqsa.format import GroupSparseMatrix, choose_grid, decode_scale_zero, round_scale, unpack_nibbles
 from vllm_gqsa.offline.mask import choose_groups
 
 __all__ = ["GroupSparseLinear", "MaskedLinear", "TrainedLinear", "fake_quantize"]
@@ -39,14 +39,16 @@ class _FakeQuantize(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         weight, scale, zero = ctx.saved_tensors
         ratio = weight / scale[:, None]
-        zeros = zero.round().clamp_(0, 15)[:, None]
-        unclamped = ratio.round().add_(zeros)
-        inside = (unclamped >= 0) & (unclamped <= 15)
-        codes = unclamped.clamp_(0, 15)
-        to_scale = codes.sub_(zeros).sub_(ratio * inside).mul_(grad).sum(-1)
-        outside = grad.masked_fill(inside, 0).sum(-1)
+        zeros = zero.round().clamp_(0, 15)
+        unclamped = ratio.round().add_(zeros[:, None])
+        # The gradient where nothing was clamped, else 0; with a mask of booleans it takes three times as long on a CPU.
+        to_weight = torch.ops.aten.hardtanh_backward(grad, unclamped, -0.5, 15.5)
+        total = grad.sum(-1)
+        of_codes = unclamped.clamp_(0, 15).mul_(grad).sum(-1)
+        to_scale = of_codes.sub_(zeros * total).sub_(ratio.mul_(to_weight).sum(-1))
+        outside = total.sub_(to_weight.sum(-1))
         in_range = (zero.round() >= 0) & (zero.round() <= 15)
-        return grad * inside, to_scale, -scale * outside * in_range
+        return to_weight, to_scale, -scale * outside * in_range
 
 
 def _codes(weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -148,7 +150,7 @@ class GroupSparseLinear(nn.Module):
         values = self.groups()
         rows, columns = self._shape
         blank = values.new_zeros(rows * columns // values.shape[1], values.shape[1])
-        return blank.index_copy(0, cast("torch.Tensor", self.kept), values).view(rows, columns)
+        return blank.index_copy_(0, cast("torch.Tensor", self.kept), values).view(rows, columns)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """``[..., in_features]`` to ``[..., out_features]``."""
@@ -177,10 +179,11 @@ class _RoundKept(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, groups: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:  # noqa: ANN401
         ctx.save_for_backward(keep)
-        codes, scales, zeros = quantize_groups(groups[keep])
-        rounded = torch.zeros_like(groups)
-        rounded[keep] = (codes.float() - zeros[:, None]) * scales[:, None]
-        return rounded
+        # All groups are rounded: to pick the kept ones out takes longer.
+        flat = groups.flatten(0, 1)
+        scales, zeros = choose_grid(flat)
+        codes, zeros = _codes(flat, scales, zeros)
+        return codes.sub_(zeros).mul_((scales * keep.flatten())[:, None]).view_as(groups)
 
     @staticmethod
     @once_differentiable

@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from vllm_gqsa.format import GroupSparseMatrix, quantize_groups
+from vllm_gqsa.format import GroupSparseMatrix, choose_grid
 from vllm_gqsa.offline.importance import InverseHessian, group_importance
 from vllm_gqsa.offline.mask import choose_groups
 from vllm_gqsa.offline.recipe import Recipe
@@ -113,7 +113,7 @@ def _quantise_rows(
         for first in range(0, stop - start, group_size):
             g = (start + first) // group_size
             kept = keep[:, g].float()
-            _, scales[g], zeros[g] = quantize_groups(span[first : first + group_size].T)
+            scales[g], zeros[g] = choose_grid(span[first : first + group_size].T)
             scale, zero = scales[g], zeros[g].float()
             for j in range(first, first + group_size):
                 code = (span[j] / scale).round_().add_(zero).clamp_(0, 15)

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from vllm_gqsa.experts import empty_model, fused_experts, is_text_model
+from vllm_gqsa.offline.attention import use_plain_attention
 from vllm_gqsa.offline.errors import InputError
 from vllm_gqsa.offline.families import Family
 
@@ -158,6 +159,10 @@ class ModelStream:
 
     def __len__(self) -> int:
         return len(self._blocks)
+
+    def prepare_training(self, precision: str, context: int) -> None:
+        """Let blocks be trained in ``precision`` on windows of ``context`` tokens; call before :meth:`embed`."""
+        use_plain_attention(self._model, self.device, precision, context)
 
     @torch.no_grad()
     def embed(self, tokens: torch.Tensor, batch: int, allocate: Allocate = torch.empty) -> torch.Tensor:

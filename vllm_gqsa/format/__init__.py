@@ -20,7 +20,14 @@ from vllm_gqsa.format.codecs import (
     unpack_nibbles,
 )
 from vllm_gqsa.format.errors import FormatError, few
-from vllm_gqsa.format.matrix import GROUP_SIZES, TENSORS, GroupSparseMatrix, check_group_size, quantize_groups
+from vllm_gqsa.format.matrix import (
+    GROUP_SIZES,
+    TENSORS,
+    GroupSparseMatrix,
+    check_group_size,
+    choose_grid,
+    quantize_groups,
+)
 from vllm_gqsa.format.schema import (
     EMBEDDING,
     FORMAT_VERSION,
@@ -53,6 +60,7 @@ __all__ = [
     "check_ignore",
     "check_layer_count",
     "check_tensor_names",
+    "choose_grid",
     "decode_scale_zero",
     "encode_scale_zero",
     "few",

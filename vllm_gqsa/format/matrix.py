@@ -16,7 +16,7 @@ from vllm_gqsa.format.codecs import (
 )
 from vllm_gqsa.format.errors import FormatError
 
-__all__ = ["GROUP_SIZES", "TENSORS", "GroupSparseMatrix", "check_group_size", "quantize_groups"]
+__all__ = ["GROUP_SIZES", "TENSORS", "GroupSparseMatrix", "check_group_size", "choose_grid", "quantize_groups"]
 
 GROUP_SIZES = (8, 16, 32, 64, 128)
 TENSORS: dict[str, torch.dtype] = {
@@ -31,8 +31,24 @@ _CHUNK = 1 << 20
 """Weights handled at a time where a whole matrix would leave the cache."""
 
 
+def choose_grid(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero point of groups, asymmetric, the range always including 0.
+
+    Args:
+        groups: float32 ``[nnz, G]``, finite.
+
+    Returns:
+        Scales float32 ``[nnz]`` on the format's grid, and zero points 0..15, float32 ``[nnz]``.
+    """
+    columns = groups.T.contiguous()  # on a CPU, reducing the first dimension is three times as fast
+    low = columns.amin(0).clamp_(max=0)
+    high = columns.amax(0).clamp_(min=0)
+    scales = round_scale(high.sub_(low).div_(15))
+    return scales, low.neg_().div_(scales).round_().clamp_(0, 15)
+
+
 def quantize_groups(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Round groups to INT4, asymmetric, round to nearest, the range always including 0.
+    """Round groups to INT4 on the grid of :func:`choose_grid`, to nearest.
 
     Args:
         groups: float32 ``[nnz, G]``, finite.
@@ -41,11 +57,7 @@ def quantize_groups(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, t
         Codes uint8 ``[nnz, G]``, scales float32 ``[nnz]`` on the format's grid, zero points uint8 ``[nnz]``;
         ``groups`` is about ``scales * (codes - zeros)``.
     """
-    columns = groups.T.contiguous()  # on a CPU, reducing the first dimension is three times as fast
-    low = columns.amin(0).clamp_(max=0)
-    high = columns.amax(0).clamp_(min=0)
-    scales = round_scale(high.sub_(low).div_(15))
-    zeros = low.neg_().div_(scales).round_().clamp_(0, 15)
+    scales, zeros = choose_grid(groups)
     codes = (groups / scales[:, None]).round_().add_(zeros[:, None]).clamp_(0, 15)
     return codes.to(torch.uint8), scales, zeros.to(torch.uint8)
 
