@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
         bench, name = prepare(options)
         path = options.results / f"accuracy-{slug(name)}.json"
         for method in rows:
-            _add(path, name, options.budget, bench.measure(method))
+            _add(path, name, options.budget, digest_files([bench.calibration]), bench.measure(method))
         print(publish(path))
     except (BenchmarkError, DemoError, InputError) as error:
         print(f"accuracy: {error}", file=sys.stderr)
@@ -129,7 +129,7 @@ def _same_as_before(path: Path, asked: dict[str, Any]) -> None:
     write_json(path, asked)
 
 
-def _add(path: Path, name: str, budget: Budget, measured: Measured) -> None:
+def _add(path: Path, name: str, budget: Budget, calibration: str, measured: Measured) -> None:
     """Put a method's rows into the results; those of other methods stay."""
     document: dict[str, Any] = {"rows": [], "tasks": []}
     if path.exists():
@@ -147,7 +147,8 @@ def _add(path: Path, name: str, budget: Budget, measured: Measured) -> None:
 
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {
-        "model": name, "budget": vars(budget), "date": f"{datetime.now(UTC):%Y-%m-%dT%H:%MZ}", "versions": versions(),
+        "model": name, "budget": vars(budget), "calibration": calibration,
+        "date": f"{datetime.now(UTC):%Y-%m-%dT%H:%MZ}", "versions": versions(),
         "rows": merged("rows", measured.scores), "tasks": merged("tasks", measured.tasks),
     })  # fmt: skip
 

@@ -9,6 +9,7 @@ from benchmarks.tables import NONE, number, table
 __all__ = ["markdown", "plot"]
 
 Row = dict[str, Any]
+_MARK = "†"
 
 
 def markdown(document: Row) -> str:
@@ -29,50 +30,66 @@ def markdown(document: Row) -> str:
         "",
         f"{document['date']}; " + ", ".join(f"{name} {version}" for name, version in document["versions"].items()),
     ]
+    if any(_is_other(row, document) for row in document["rows"]):
+        lines += ["", f"{_MARK} Made from other text than the rest, or from the same in another order."]
     for name in ("main", *ABLATIONS):
         rows = _methods(document, name)
         if len(rows) > (name != "main"):  # an ablation of one row says nothing
             lines += ["", f"## {name.capitalize()}", "", *_table(rows)]
+        if name == "main" and any(row["tasks"] for row in rows):
+            lines += ["", "## Tasks", "", *_tasks([row for row in rows if row["tasks"]])]
     return "\n".join(lines) + "\n"
 
 
 def _methods(document: Row, table: str) -> list[Row]:
-    """One row a method, with its ``scores`` and ``tasks``, of those that stand in a table."""
+    """One row a method, with its ``label``, ``scores`` and ``tasks``, of those that stand in a table."""
     found: dict[str, Row] = {}
     for kind, key in (("scores", "rows"), ("tasks", "tasks")):
         for row in document[key]:
             if table in row["tables"]:
-                found.setdefault(row["method"], row | {"scores": [], "tasks": []})[kind].append(row)
+                label = row["method"] + (f" {_MARK}" if _is_other(row, document) else "")
+                found.setdefault(row["method"], row | {"label": label, "scores": [], "tasks": []})[kind].append(row)
     return list(found.values())
+
+
+def _is_other(row: Row, document: Row) -> bool:
+    """Whether a row's calibration text is another than that of the rows measured last."""
+    return row["calibration"] not in (None, document["calibration"])
 
 
 def _table(rows: list[Row]) -> list[str]:
     scores = list(dict.fromkeys(_label(score) for row in rows for score in row["scores"]))
-    tasks = list(dict.fromkeys(_task_label(task) for row in rows for task in row["tasks"]))
     body = []
     for row in rows:
         found = {_label(score): score["perplexity"] for score in row["scores"]}
-        accuracy = {_task_label(task): _accuracy(task) for task in row["tasks"]}
         body.append([
-            row["method"], number(row["bits_per_weight"]),
-            *(number(found.get(score), 1) for score in scores), *(accuracy.get(task, NONE) for task in tasks),
+            row["label"], number(row["bits_per_weight"]),
+            *(number(found.get(score), 1) for score in scores),
             f"{row['tokens_trained']:,}", number(row["minutes"], 0),
         ])  # fmt: skip
-    return table(["method", "bits a weight", *scores, *tasks, "tokens trained on", "minutes"], body)
+    return table(["method", "bits a weight", *scores, "tokens trained on", "minutes"], body)
 
 
 def _label(score: Row) -> str:
     return f"{score['text']}, context {score['context']} ({score['tokens']:,} tokens, {score['dtype']})"
 
 
-def _task_label(task: Row) -> str:
-    return f"{task['task']} ({task['items']:,} items)"
+def _tasks(rows: list[Row]) -> list[str]:
+    def label(task: Row) -> str:
+        return f"{task['task']} ({task['items']:,} items, {task['dtype']})"
 
+    def accuracy(task: Row) -> str:
+        # Length-normalised where there are choices of different lengths, as is usual for these sets.
+        name = "acc_norm" if "acc_norm" in task else "acc"
+        error = task.get(f"{name}_stderr")
+        return number(100 * task[name], 1) + ("" if error is None else f" ± {100 * error:.1f}")
 
-def _accuracy(task: Row) -> str:
-    # Length-normalised where there are choices of different lengths, as is usual for these sets.
-    value = task.get("acc_norm", task.get("acc"))
-    return number(None if value is None else 100 * value, 1, " %")
+    tasks = list(dict.fromkeys(label(task) for row in rows for task in row["tasks"]))
+    body = []
+    for row in rows:
+        found = {label(task): accuracy(task) for task in row["tasks"]}
+        body.append([row["label"], number(row["bits_per_weight"]), *(found.get(task, NONE) for task in tasks)])
+    return table(["method", "bits a weight", *tasks], body)
 
 
 def plot(document: Row, path: Path) -> None:

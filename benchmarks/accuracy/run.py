@@ -52,7 +52,7 @@ class Measured:
     """What is known of a method's model.
 
     Attributes:
-        method: name, tables, bits a weight, tokens trained on, minutes, machine.
+        method: name, tables, bits a weight, tokens trained on, minutes, digest of the calibration text, machine.
         scores: all perplexities that were ever measured of it, with text, context, windows and tokens.
         tasks: the accuracies.
     """
@@ -100,9 +100,10 @@ class Bench:
         place.mkdir(parents=True, exist_ok=True)
         self.say(f"{method.name} ({place})")
         model, bits = self._make(method, place)
+        calibration = None if model == self.model else digest_files([self.calibration])
         facts = {
             "method": method.name, "tables": list(method.tables), "bits_per_weight": bits,
-            "tokens_trained": method.tokens, "minutes": _minutes(place),
+            "tokens_trained": method.tokens, "minutes": _minutes(place), "calibration": calibration,
             "machine": torch.cuda.get_device_name() if self.device.startswith("cuda") else processor(),
         }  # fmt: skip
         for score in self.scores:

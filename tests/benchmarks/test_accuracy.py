@@ -156,9 +156,9 @@ def test_tasks_and_dtype(run):
     (score,) = document["tasks"]
     assert (score["method"], score["task"], score["items"], score["dtype"]) == ("dense", "words", 2, "bfloat16")
     assert score["acc"] == 0.5  # the same choice for the same question, right once
-    assert "| dense | 16.00 |" in (report := (run.folder / "accuracy-llama.md").read_text())
-    assert "words (2 items)" in report
-    assert "50.0 %" in report
+    report = (run.folder / "accuracy-llama.md").read_text()
+    assert "words (2 items, bfloat16)" in report
+    assert "| dense | 16.00 | 50.0 ± 50.0 |" in report
 
 
 def test_results_of_another_form_are_refused(run, capsys):
@@ -186,18 +186,20 @@ def test_all_methods_calibrate_on_the_same_windows(dense, text):  # noqa: F811
 def test_report_of_rows_with_different_scores(tmp_path):
     def rows(name, tables, **scores):
         facts = {"method": name, "tables": tables, "bits_per_weight": 2.57, "tokens_trained": 9, "minutes": 1.0}
-        facts |= {"context": 64, "tokens": 63, "dtype": "float32"}
+        facts |= {"context": 64, "tokens": 63, "dtype": "float32", "calibration": f"of {name}"}
         return [facts | {"text": t, "perplexity": p} for t, p in scores.items()]
 
     a, b = rows("a", ["main", "scope"], wiki=20.0), rows("b", ["main", "scope", "stages"], wiki=30.0, web=40.0)
     document = {
         "model": "m", "date": "today", "versions": {"torch": "2"}, "budget": {"samples": 1, "context": 2, "tokens": 3},
-        "rows": a + b,
-        "tasks": [{**row, "task": "piqa", "items": 8, "acc": 0.6, "acc_norm": 0.625} for row in (a[0], b[0])],
+        "calibration": "of a", "rows": a + b,
+        "tasks": [{**a[0], "task": "piqa", "items": 8, "acc": 0.6, "acc_norm": 0.625, "acc_norm_stderr": 0.0171}],
     }  # fmt: skip
     lines = markdown(document).splitlines()
-    assert "| a | 2.57 | 20.0 | – | 62.5 % | 9 | 1 |" in lines
-    assert "| b | 2.57 | 30.0 | 40.0 | 62.5 % | 9 | 1 |" in lines
-    assert [line for line in lines if line.startswith("## ")] == ["## Main", "## Scope"]
+    assert "| a | 2.57 | 20.0 | – | 9 | 1 |" in lines
+    assert "| b † | 2.57 | 30.0 | 40.0 | 9 | 1 |" in lines
+    assert "† Made from other text than the rest, or from the same in another order." in lines
+    assert "| a | 2.57 | 62.5 ± 1.7 |" in lines
+    assert [line for line in lines if line.startswith("## ")] == ["## Main", "## Tasks", "## Scope"]
     plot(document, tmp_path / "p.png")
     assert (tmp_path / "p.png").stat().st_size > 5000
