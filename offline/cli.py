@@ -180,10 +180,11 @@ def compress(
     restart: Annotated[bool, typer.Option("--restart", help="Throw away what an earlier run left in OUTPUT.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Compress a dense model: prune groups by Hessian importance, the rest to INT4, and train what is left.
+    """Compress a dense model: prune groups, round the rest to INT4, and train what is left.
 
-    One transformer block is in memory at a time, but in end-to-end training. Start the same command again after an
-    interruption: it goes on where it stopped, and ends with the same bytes.
+    The recipes quick, default and best hold the whole model in memory, 16 bytes a weight; one-shot and blockwise one
+    block at a time: ask gqsa estimate first. Start the same command again after an interruption: it goes on where it
+    stopped, and ends with the same bytes.
     """
     from vllm_gqsa.offline.pipeline import Job, compress as run
     from vllm_gqsa.offline.text import TextSource
@@ -402,8 +403,8 @@ def eval_command(
         list[Path] | None,
         typer.Option(
             metavar="FILE",
-            help="In the place of --text: JSON lines with query, choices and gold, or context and continuation. May be "
-            "given several times.",
+            help="In the place of --text: JSON lines with query, choices and gold; question, choices and gold; goal, "
+            "sol1, sol2 and label; or context and continuation. May be given several times.",
         ),
     ] = None,
     limit: Annotated[

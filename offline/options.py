@@ -59,8 +59,9 @@ RecipeName = Annotated[
     str,
     typer.Option(
         "--recipe",
-        help="What is done to the weights: one-shot (no training), quick, default, best, or a YAML file such as the "
-        "gqsa_recipe.yaml beside a checkpoint. The options below change single settings of it.",
+        help="What is done to the weights: one-shot (no training), blockwise (block by block, for large models), "
+        "quick, default, best, or a YAML file such as the gqsa_recipe.yaml beside a checkpoint. The options below "
+        "change single settings of it.",
     ),
 ]
 Sparsity = Annotated[
@@ -90,18 +91,23 @@ ImportanceOption = Annotated[
     Importance | None,
     typer.Option(
         help="How a group's importance is computed from the Hessian; kfac: and from the loss's gradients, for pattern "
-        "matrix.  [blockwise: kfac; one-shot: obs]"
+        "matrix. Not with the stage prune (quick, default, best).  [blockwise: kfac; one-shot: obs]"
     ),
 ]
 Compensate = Annotated[
     bool | None,
     typer.Option(
         "--compensate/--no-compensate",
-        help="Let later weights take up the error of pruning and rounding earlier ones.  [named recipes: yes]",
+        help="Let later weights take up the error of pruning and rounding earlier ones. Not with the stage prune.  "
+        "[one-shot, blockwise: yes]",
     ),
 ]
 Damping = Annotated[
-    float | None, typer.Option(help="Share of the Hessian's mean diagonal that is added to it.  [named recipes: 0.01]")
+    float | None,
+    typer.Option(
+        help="Share of the Hessian's mean diagonal that is added to it. Not with the stage prune.  "
+        "[one-shot, blockwise: 0.01]"
+    ),
 ]
 Samples = Annotated[int | None, typer.Option(min=1, help="Calibration windows.  [named recipes: 128]")]
 Context = Annotated[int | None, typer.Option(min=2, help="Tokens a window.  [named recipes: 512]")]

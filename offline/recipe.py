@@ -269,6 +269,13 @@ class Recipe(BaseModel):
                 f"prune raises the share of pruned groups step by step, which pattern {self.pattern} cannot; choose "
                 "row, matrix or model, or a recipe without prune"
             )
+        if self.prune is not None and self.lm_head is None:
+            for name in ("importance", "compensate", "damping"):
+                if (value := getattr(self, name)) != Recipe.model_fields[name].default:
+                    raise ValueError(
+                        f"{name} {value} has no effect with prune, which chooses and trains by rules of its own; leave "
+                        "it out, or choose a recipe without prune, such as one-shot or blockwise"
+                    )
         if self.prune is None and self.pattern == "model":
             raise ValueError("pattern model needs the stage prune, which compares all linears; choose row or matrix")
         if ":" in self.pattern and any(o.sparsity is not None for o in self.overrides.values()):

@@ -39,12 +39,20 @@ def test_what_a_file_leaves_out_is_as_in_one_shot(tmp_path):
     ("group_size: 12", r"r.yaml: group_size 12 is not one of"),
     ("a: [", r"r.yaml: is not YAML"),
     ("- 1", r"r.yaml: Input should be"),
+    ("{importance: wanda, prune: {tokens: 9}}", r"r.yaml: importance wanda has no effect with prune.*one-shot or"),
+    ("{compensate: false, prune: {tokens: 9}}", r"r.yaml: compensate False has no effect with prune"),
 ])  # fmt: skip
 def test_files_that_break_the_rules(text, says, tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text(text)
     with pytest.raises(InputError, match=says):
         Recipe.read(str(path))
+
+
+def test_a_head_beside_prune_has_settings_of_its_own():
+    assert Recipe(prune=GradualPruning(tokens=9), lm_head=0, damping=0.1).damping == 0.1
+    with pytest.raises(InputError, match=r"damping 0.1 has no effect with prune"):
+        NAMED["quick"].changed({"damping": 0.1})
 
 
 def test_a_recipe_that_is_not_there():
