@@ -8,6 +8,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.masking_utils import eager_mask
 
+from vllm_gqsa.experts import MIXTURES
+from vllm_gqsa.offline.families import FAMILIES
+
 __all__ = ["use_plain_attention"]
 
 _NAME = "gqsa_plain"
@@ -23,13 +26,14 @@ def use_plain_attention(
     """Let a model of transformers compute attention by two plain products where that is faster.
 
     Args:
-        model: of transformers; models that do not let their attention be chosen stay as they are.
+        model: of transformers; what is no supported family stays as it is: its attention may have more to it.
         device: where it computes.
         precision: what it computes in, a torch dtype's name.
         trained_on: tokens of the windows it is trained on; None where there is no backward pass.
     """
+    known = model._supports_attention_backend and model.config.model_type in {**FAMILIES, **MIXTURES}
     short = trained_on is None or trained_on <= _LONGEST
-    if model._supports_attention_backend and device.type == "cpu" and precision == "bfloat16" and short:
+    if known and short and device.type == "cpu" and precision == "bfloat16":
         model.set_attn_implementation(_NAME)
 
 

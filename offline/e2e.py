@@ -205,6 +205,7 @@ class _Pruning:
             losses.of(part, backward=True)
         self._weights = 0.0, 0.0
         losses.student.zero_grad(set_to_none=True)
+        self.after_gradients()  # the processes may multiply in other orders; the first masks must be the same
 
     def before_step(self, step: int) -> None:
         """Choose, if it is time to; once the last choice is made, train what will be stored."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from vllm_gqsa.format import read_json
@@ -37,12 +38,19 @@ PARTIAL = ".partial-"
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` make a temporary file beside ``path``, flush it to the disk, and rename it."""
+    """Let ``write`` make a temporary file beside ``path``, flush it to the disk, and rename it.
+
+    Raises:
+        InputError: it cannot be written: no room, or no right to.
+    """
     temporary = path.with_name(PARTIAL + path.name)
-    write(temporary)
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except (OSError, SafetensorError, RuntimeError) as error:  # torch.save raises the last
+        raise InputError(f"{path}: cannot be written: {error}; give the same command again to go on") from error
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)

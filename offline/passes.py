@@ -3,6 +3,7 @@
 Of several processes of ``torchrun`` the first makes all passes, the others train with it in those end to end.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from vllm_gqsa.offline import parallel
-from vllm_gqsa.offline.arithmetic import reproducible, resolve_precision
+from vllm_gqsa.offline.arithmetic import fast_float32, reproducible, resolve_precision
 from vllm_gqsa.offline.block import BlockContext, CompressedBlock, install, scale_of_errors
 from vllm_gqsa.offline.e2e import EndToEndJob, train_end_to_end
+from vllm_gqsa.offline.errors import InputError
 from vllm_gqsa.offline.families import Family, family_of
 from vllm_gqsa.offline.files import PARTIAL, write_json, write_tensors
 from vllm_gqsa.offline.gradients import WINDOWS, gradient_squares
@@ -110,6 +112,15 @@ class Work:
         if 2 * 4 * count <= self.memory:
             return torch.empty(shape)
         path = self.folder / f"{PARTIAL}hidden"
+        try:
+            with path.open("wb") as file:  # now, since a process that writes to a mapped file on a full disk is killed
+                os.posix_fallocate(file.fileno(), 0, 4 * count)
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            raise InputError(
+                f"{self.folder}: no room for {4e-9 * count:.1f} GB of hidden states ({error.strerror}); free some, or "
+                "give fewer --samples, or a --memory that keeps them out of files"
+            ) from error
         mapped = torch.from_file(str(path), shared=True, size=count).view(shape)
         path.unlink()
         return mapped
@@ -216,7 +227,9 @@ def follow() -> None:
     """Train with the first process of ``torchrun`` whenever it trains, until it has finished."""
     while (told := parallel.told()) is not None:
         shared, name, before = told
-        train_end_to_end(_job(Work.from_told(shared), name, before))
+        work = Work.from_told(shared)
+        with fast_float32(work.device):
+            train_end_to_end(_job(work, name, before))
 
 
 def _job(work: Work, name: str, before: list[Path] | None) -> EndToEndJob:

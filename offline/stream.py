@@ -40,7 +40,8 @@ def meta_model(config: Any) -> Any:  # noqa: ANN401 - transformers chooses the c
             "vLLM may serve its checkpoints all the same"
         )
     try:
-        model = empty_model(AutoModelForCausalLM, config, dtype=torch.float32)
+        # A copy: models keep the very object, and what one is set to do would be done by all of them.
+        model = empty_model(AutoModelForCausalLM, copy.deepcopy(config), dtype=torch.float32)
     except (ImportError, ValueError) as error:
         raise InputError(f"transformers cannot build a causal language model from config.json: {error}") from error
     if fused_experts(model):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from vllm_gqsa.experts import name_in_model, weight_in_model
+from vllm_gqsa.experts import MIXTURES, name_in_model, weight_in_model
 from vllm_gqsa.format import HEAD, CheckpointReader, FormatError, check_dense, is_ignored
 from vllm_gqsa.offline.errors import InputError
 from vllm_gqsa.offline.inspect import module_shapes
@@ -57,12 +57,14 @@ class Comparison:
         twin_max_difference: largest difference from the dense model whose linears are this checkpoint's,
             expanded; 0 where the checkpoint computes what its weights say.
         dense_max_difference: largest difference from the original dense model.
+        twin_may_differ: by how much at most that may be: a mixture's experts are summed in another order there.
         mean_kl: mean Kullback-Leibler divergence of the next token from the original, in nats.
         same_best: share of positions where the most likely next token is the same as the original's.
     """
 
     tokens: int
     twin_max_difference: float
+    twin_may_differ: float
     dense_max_difference: float
     mean_kl: float
     same_best: float
@@ -102,6 +104,7 @@ def compare(folder: Path, dense: str, text: str = _PROMPT) -> Comparison:
     return Comparison(
         tokens=tokens.numel(),
         twin_max_difference=(logits - twin).abs().max().item(),
+        twin_may_differ=1e-4 * original.abs().max().item() if our_config.model_type in MIXTURES else 0.0,
         dense_max_difference=(logits - original).abs().max().item(),
         mean_kl=(log_p.exp() * (log_p - log_q)).sum(-1).mean().item(),
         same_best=(original.argmax(-1) == logits.argmax(-1)).float().mean().item(),

@@ -69,6 +69,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--results", type=Path, default=Path("benchmarks/results"), help="[%(default)s]")
     options = parser.parse_args(arguments)
     options.budget = Budget(options.tokens, options.samples, options.context)
+    stems = [task.name.split(".")[0] for task in options.task]
+    if len(set(stems)) < len(stems):
+        parser.error("two files of --task have the same name, and a table could not tell them apart; rename one")
     return options
 
 
@@ -134,8 +137,8 @@ def _add(path: Path, name: str, budget: Budget, calibration: str, measured: Meas
     document: dict[str, Any] = {"rows": [], "tasks": []}
     if path.exists():
         document = json.loads(path.read_text("utf-8"))
-        if not {"rows", "tasks"} <= document.keys():
-            raise BenchmarkError(f"{path} is not of this version's form: it has no rows and tasks; remove it")
+        if not {"rows", "tasks", "calibration"} <= document.keys():
+            raise BenchmarkError(f"{path} is not of this version's form: rows, tasks and calibration; remove it")
     order = [method.name for method in methods(budget)]
 
     def place(row: dict[str, Any]) -> int:

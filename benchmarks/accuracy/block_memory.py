@@ -167,7 +167,8 @@ def train(
 def estimated(model: DenseModel, family: Family, recipe: Recipe, device: torch.device) -> dict[str, int]:
     """Bytes that `gqsa estimate` says for the training stages."""
     skeleton = meta_model(model.config)
-    weights = sum(skeleton.get_submodule(n).weight.numel() for group in family.linear_names(0) for n in group)
+    names = [name for group in family.linear_names(0) for name in group]
+    weights = {name: skeleton.get_submodule(name).weight.numel() for name in names}
     found: dict[str, Any] = {}
     prune = GradualPruning(tokens=recipe.context, batch=1)
     for each in (recipe, recipe.model_copy(update={"bqpo": None, "distill": None, "oqp": None, "prune": prune})):

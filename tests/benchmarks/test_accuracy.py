@@ -161,6 +161,21 @@ def test_tasks_and_dtype(run):
     assert "| dense | 16.00 | 50.0 ± 50.0 |" in report
 
 
+def test_what_was_measured_before_there_was_a_dtype_is_measured_anew(run):
+    assert run("dense")[0] == 0
+    (found,) = (run.folder / "models" / "dense").glob("ppl-*.json")
+    old = {key: value for key, value in json.loads(found.read_text()).items() if key != "dtype"}
+    found.with_name("ppl-words-64-6.json").write_text(json.dumps(old))
+    status, document = run("dense")
+    assert (status, len(document["rows"])) == (0, 1)
+
+
+def test_tasks_of_the_same_name_are_refused(run, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run("dense", "--task", str(tmp_path / "a" / "test.jsonl"), "--task", str(tmp_path / "b" / "test.jsonl"))
+    assert "two files of --task have the same name" in capsys.readouterr().err
+
+
 def test_results_of_another_form_are_refused(run, capsys):
     (run.folder / "accuracy-llama.json").write_text('{"methods": []}')
     assert run("dense")[0] == 1

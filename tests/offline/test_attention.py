@@ -9,6 +9,7 @@ import transformers as hf
 from tests.helpers import FAMILIES, VOCABULARY, dense_config
 from vllm_gqsa.offline import attention
 from vllm_gqsa.offline.attention import use_plain_attention
+from vllm_gqsa.offline.stream import meta_model
 
 CPU = torch.device("cpu")
 
@@ -64,3 +65,21 @@ def test_keys_behind_a_query_are_seen_where_attention_is_not_causal():
     ours = attention._plain_attention(module, query, key, value, mask, 8**-0.5)[0]
     torchs = torch.nn.functional.scaled_dot_product_attention(query.float(), key.float(), value.float())
     assert torch.allclose(ours.float(), torchs.transpose(1, 2), atol=0.02)
+
+
+def test_families_that_are_not_known_keep_their_own_attention():
+    """gpt-oss adds sinks to the softmax, which two plain products would leave out."""
+    config = hf.GptOssConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, num_local_experts=2, num_experts_per_tok=1, pad_token_id=0,
+    )  # fmt: skip
+    model = hf.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    before = model.config._attn_implementation
+    use_plain_attention(model, CPU, "bfloat16")
+    assert model.config._attn_implementation == before
+
+
+def test_a_model_does_not_change_the_attention_of_another():
+    config = dense_config("llama")
+    use_plain_attention(meta_model(config), CPU, "bfloat16")
+    assert meta_model(config).config._attn_implementation == "sdpa"

@@ -76,7 +76,7 @@ def test_every_expert_of_a_mixture_is_compressed(dense, text, tmp_path, family):
     assert report["modules"] == len(experts) + 3 * 4 + {"mixtral": 0, "qwen2_moe": 3 + 2 * 3, "qwen3_moe": 3}[family]
     assert r"re:.*\.(shared_expert_)?gate$" in config.ignore
     comparison = compare(tmp_path / "out", str(dense(family)), "abc def gh")
-    assert comparison.twin_max_difference < 1e-4 < comparison.dense_max_difference
+    assert comparison.twin_max_difference <= comparison.twin_may_differ < comparison.dense_max_difference
 
 
 def test_the_streamed_perplexity_is_that_of_transformers(finished, text):

@@ -262,6 +262,7 @@ def linear_cpu(
         raise TypeError(f"gqsa::linear: x is {x.dtype}; it must be float32, float16 or bfloat16")
     rows = weight.crow_indices.shape[0] - 1
     flat = x.reshape(-1, weight.in_features)
+    bias = None if bias is None else bias.contiguous()
     tokens = flat.shape[0]
     chosen = kernel or choose_kernel(x.dtype, weight.group_size, os.environ.get("GQSA_CPU_ACT", ""))
     invariant = kernel is not None or os.environ.get("VLLM_BATCH_INVARIANT") == "1"
@@ -280,7 +281,7 @@ def linear_cpu(
             flat.stride(0),
             tokens,
             _DTYPES[x.dtype],
-            None if bias is None else bias.contiguous().data_ptr(),
+            None if bias is None else bias.data_ptr(),
             out.data_ptr(),
             torch.get_num_threads(),
             native.parallel_for(),
