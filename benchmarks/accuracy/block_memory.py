@@ -124,12 +124,19 @@ def make_recipe(context: int, steps: int) -> Recipe:
     )
 
 
+def gradual(recipe: Recipe, tokens: int) -> Recipe:
+    """Gradual pruning in the place of all other stages."""
+    stages = {"bqpo": None, "distill": None, "oqp": None, "prune": GradualPruning(tokens=tokens, batch=1)}
+    return recipe.model_copy(update=stages)
+
+
 def compress_block(
     model: DenseModel, family: Family, recipe: Recipe, windows: torch.Tensor, device: torch.device, memory: Memory
 ) -> tuple[CompressedBlock, Costs]:
     """One-shot pruning and BQPO, as the pass over the blocks does them."""
     costs: Costs = {}
     stream = ModelStream(model, model.config, family, device)
+    stream.prepare_training(resolve_precision(recipe.precision, device), recipe.context)
     inputs = stream.embed(windows, 1)
     targets = inputs.clone()
     block = stream.block(0)
@@ -150,10 +157,10 @@ def train(
 ) -> Costs:  # fmt: skip
     """The end-to-end stages, each from the state that one-shot pruning and BQPO left."""
     costs: Costs = {}
-    prune = GradualPruning(tokens=(len(windows) - 1) * windows.shape[1], batch=1)
-    for name, settings in {"prune": prune, **recipe.whole_model_stages()}.items():
+    pruning = gradual(recipe, (len(windows) - 1) * windows.shape[1])
+    for name, its in (("prune", pruning), ("distill", recipe), ("oqp", recipe)):
         job = EndToEndJob(
-            name=name, settings=settings, recipe=recipe, model=model, family=family,
+            name=name, settings=its.whole_model_stages()[name], recipe=its, model=model, family=family,
             linears=[[each for group in family.linear_names(0) for each in group]],
             blocks=[CompressedBlock() if name == "prune" else state], windows=windows, first=0, batch=1, device=device,
             state=model.folder / f"{name}.state", progress=lambda *_: None,
@@ -170,8 +177,7 @@ def estimated(model: DenseModel, family: Family, recipe: Recipe, device: torch.d
     names = [name for group in family.linear_names(0) for name in group]
     weights = {name: skeleton.get_submodule(name).weight.numel() for name in names}
     found: dict[str, Any] = {}
-    prune = GradualPruning(tokens=recipe.context, batch=1)
-    for each in (recipe, recipe.model_copy(update={"bqpo": None, "distill": None, "oqp": None, "prune": prune})):
+    for each in (recipe, gradual(recipe, recipe.context)):
         precision = resolve_precision(recipe.precision, device)
         costs = training_costs(skeleton, skeleton.get_submodule(family.blocks), weights, each, 1, precision)
         found |= {name: cost.memory_bytes for name, cost in costs.items()}
