@@ -119,8 +119,9 @@ def test_torchrun(here):
 
 
 def snippets(*, vllm):
-    """Python code of all pages: with vLLM, or without."""
-    pairs = [(page, text) for page in PAGES for text in code("python", page)]
+    """Python code of all pages that needs no server: with vLLM, or without."""
+    texts = [(page, text) for page in PAGES for text in code("python", page)]
+    pairs = [(page, text) for page, text in texts if "from openai import" not in text]
     found = [(page, text) for page, text in pairs if ("from vllm import" in text) == vllm]
     return pytest.mark.parametrize("text", [text for _, text in found], ids=[page.name for page, _ in found])
 
@@ -215,3 +216,10 @@ def test_serve_and_ask(page, here, adapter, monkeypatch):
                 assert done.returncode == 0, (words, done.stdout)
                 asked += 1
         assert asked
+        assert server is not None
+        for text in code("python", page):
+            if "from openai import" in text:
+                (here / "client.py").write_text(text.replace("http://localhost:8000", server.url))
+                done = subprocess.run([sys.executable, "client.py"], capture_output=True, text=True, check=False)
+                assert done.returncode == 0, done.stderr
+                assert done.stdout.strip()
