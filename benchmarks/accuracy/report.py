@@ -31,7 +31,7 @@ def markdown(document: Row) -> str:
         f"{document['date']}; " + ", ".join(f"{name} {version}" for name, version in document["versions"].items()),
     ]
     if any(_is_other(row, document) for row in document["rows"]):
-        lines += ["", f"{_MARK} Made from other text than the rest, or from the same in another order."]
+        lines += ["", f"{_MARK} Not known to be made from the same text as the rest, in the same order."]
     for name in ("main", *ABLATIONS):
         rows = _methods(document, name)
         if len(rows) > (name != "main"):  # an ablation of one row says nothing

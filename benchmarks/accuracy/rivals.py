@@ -37,7 +37,7 @@ class GroupQuantizedLinear(nn.Module):
         """Begin at a weight that another method has compressed, on a grid from the least to the greatest of a group.
 
         Where a group does not use its lowest or highest code that grid is finer than its own, and some weights begin
-        between two codes. Weights at the middle of their codes were trained less well, see docs/compress.md.
+        between two codes. Weights at the middle of their codes were trained less well, see docs/accuracy.md.
 
         Args:
             weight: ``[out_features, in_features]``; the group size divides ``in_features``.

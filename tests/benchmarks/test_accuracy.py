@@ -213,7 +213,7 @@ def test_report_of_rows_with_different_scores(tmp_path):
     lines = markdown(document).splitlines()
     assert "| a | 2.57 | 20.0 | – | 9 | 1 |" in lines
     assert "| b † | 2.57 | 30.0 | 40.0 | 9 | 1 |" in lines
-    assert "† Made from other text than the rest, or from the same in another order." in lines
+    assert "† Not known to be made from the same text as the rest, in the same order." in lines
     assert "| a | 2.57 | 62.5 ± 1.7 |" in lines
     assert [line for line in lines if line.startswith("## ")] == ["## Main", "## Tasks", "## Scope"]
     plot(document, tmp_path / "p.png")
