@@ -4,6 +4,7 @@ import ast
 import importlib.util
 import json
 import re
+import shlex
 import tomllib
 from urllib.parse import urlsplit
 
@@ -11,6 +12,7 @@ import pytest
 from torch.distributed.run import get_args_parser
 from typer.main import get_command
 
+from benchmarks.accuracy import __main__ as accuracy
 from tests.docs.pages import PAGES, ROOT, code, commands, inline_code, links
 from vllm_gqsa.offline.cli import app
 
@@ -74,7 +76,12 @@ def test_lm_eval_takes_the_command(command):
 
 @of("make")
 def test_target_exists(command):
-    assert set(command.words[1:]) <= TARGETS
+    variables = [word for word in command.words[1:] if "=" in word]
+    assert {word for word in command.words[1:] if word not in variables} <= TARGETS
+    for variable in variables:
+        name, _, value = variable.partition("=")
+        assert (command.words[1], name) == ("accuracy", "ARGUMENTS")
+        accuracy._parse(shlex.split(value))
 
 
 @of("python")
