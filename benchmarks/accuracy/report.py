@@ -37,7 +37,8 @@ def markdown(document: Row) -> str:
         if len(rows) > (name != "main"):  # an ablation of one row says nothing
             lines += ["", f"## {name.capitalize()}", "", *_table(rows)]
         if name == "main" and any(row["tasks"] for row in rows):
-            lines += ["", "## Tasks", "", *_tasks([row for row in rows if row["tasks"]])]
+            lines += ["", "## Tasks", "", "Right answers in percent, ± standard error.", ""]
+            lines += _tasks([row for row in rows if row["tasks"]])
     return "\n".join(lines) + "\n"
 
 
