@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
         bench, name = prepare(options)
         path = options.results / f"accuracy-{slug(name)}.json"
         for method in rows:
-            _add(path, name, options.budget, digest_files([bench.calibration]), bench.measure(method))
+            _add(path, name, options.budget, bench.digest, bench.measure(method))
         print(publish(path))
     except (BenchmarkError, DemoError, InputError) as error:
         print(f"accuracy: {error}", file=sys.stderr)
@@ -100,8 +100,9 @@ def prepare(options: argparse.Namespace) -> tuple[Bench, str]:
     write_texts(*help_texts)
     calibration = folder / "calibration.jsonl"
     _mix(options.calibration or [help_texts[0]], calibration)
+    digest = digest_files([calibration])
     _same_as_before(folder / "asked.json", {
-        "budget": vars(options.budget), "calibration": digest_files([calibration]),
+        "budget": vars(options.budget), "calibration": digest,
         "model": digest_files(sorted(model.glob("*.safetensors"))),
     })  # fmt: skip
     scores = tuple(
@@ -113,7 +114,7 @@ def prepare(options: argparse.Namespace) -> tuple[Bench, str]:
     assert recipe is not None
     name = MODEL if options.model is None else model.name
     bench = Bench(
-        model, calibration, folder, scores, tuple(options.task), options.limit, options.dtype, recipe,
+        model, calibration, digest, folder, scores, tuple(options.task), options.limit, options.dtype, recipe,
         options.device, lambda line: print(line, flush=True),
     )  # fmt: skip
     return bench, name

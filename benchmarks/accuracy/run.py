@@ -69,6 +69,7 @@ class Bench:
     Attributes:
         model: dense folder.
         calibration: .jsonl of all text to calibrate and train on.
+        digest: of that file.
         folder: for the models and what is known of them.
         scores: perplexities to measure.
         tasks: task files to score by `gqsa eval --task`.
@@ -81,6 +82,7 @@ class Bench:
 
     model: Path
     calibration: Path
+    digest: str
     folder: Path
     scores: tuple[Score, ...]
     tasks: tuple[Path, ...]
@@ -100,10 +102,10 @@ class Bench:
         place.mkdir(parents=True, exist_ok=True)
         self.say(f"{method.name} ({place})")
         model, bits = self._make(method, place)
-        calibration = None if model == self.model else digest_files([self.calibration])
         facts = {
             "method": method.name, "tables": list(method.tables), "bits_per_weight": bits,
-            "tokens_trained": method.tokens, "minutes": _minutes(place), "calibration": calibration,
+            "tokens_trained": method.tokens, "minutes": _minutes(place),
+            "calibration": None if model == self.model else self.digest,
             "machine": torch.cuda.get_device_name() if self.device.startswith("cuda") else processor(),
         }  # fmt: skip
         for score in self.scores:
