@@ -33,14 +33,15 @@ matrix: ## Run the plugin's tests beside other versions of vLLM (MATRIX="0.29.0 
 	  build/matrix/$$version/bin/python -m pytest tests/plugin; \
 	done
 
-# On a machine with a GPU and CUDA's compiler. It needs no .venv: any Python with torch for CUDA and pytest does.
+# On a machine with a GPU and CUDA's compiler. It needs no .venv; see docs/cuda.md.
 gpu: ## Build, test and measure the CUDA kernels on this machine's GPU (10 minutes at most)
 	@PYTHONPATH=. $(PYTHON) -m benchmarks.gpu
 
-# For a GPU machine without a network: run this elsewhere, and take build/gpu/site along.
-gpu-site: ## Fetch what `make gpu` needs beside torch and pytest into build/gpu/site
+# For a GPU machine without a network, and with Python 3.12: run this elsewhere, and take build/gpu/site along.
+gpu-site: ## Fetch what `make gpu` needs beside torch, numpy and pytest into build/gpu/site
 	$(PYTHON) -m pip install --quiet --no-compile --target build/gpu/site --upgrade --only-binary=:all: --implementation cp \
-		--python-version 3.12 --platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 pydantic
+		--python-version 3.12 --platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 \
+		pydantic google-re2 safetensors hypothesis filelock setuptools
 
 fuzz: setup ## Spoil thousands of checkpoints and load them: SEED=0 CASES=5000
 	$(BIN)/python -m tests.fuzz $(if $(SEED),--seed $(SEED)) $(if $(CASES),--cases $(CASES))

@@ -54,20 +54,24 @@ def find_nvcc() -> str | None:
 
 
 def cuda_archs(nvcc: str) -> list[str]:
-    """Compute capabilities to build for, times ten: those asked for, those of this machine, or all that nvcc knows."""
+    """Compute capabilities to build for, times ten: those asked for, those of this machine, or all that nvcc knows.
+
+    A GPU that is newer than nvcc gets code from the PTX, by its driver.
+    """
     wanted = os.environ.get("GQSA_CUDA_ARCHS")
     if wanted is not None:
         archs = wanted.replace(",", " ").replace(";", " ").replace(".", "").split()
         if not all(arch.isdigit() for arch in archs):
             raise SystemExit(f'GQSA_CUDA_ARCHS={wanted}: is not a list of compute capabilities such as "80;90"')
         return archs
+    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+    known = {name.removeprefix("compute_") for name in listed}
     query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
     if shutil.which(query[0]):
         found = subprocess.run(query, capture_output=True, text=True, check=False).stdout.replace(".", "").split()
-        if found and all(each.isdigit() and int(each) >= int(CUDA_ARCHS[0]) for each in found):
+        if found and all(each in known and int(each) >= int(CUDA_ARCHS[0]) for each in found):
             return sorted(set(found))
-    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
-    return [arch for arch in CUDA_ARCHS if f"compute_{arch}\n" in known]
+    return [arch for arch in CUDA_ARCHS if arch in known]
 
 
 def cuda_command(nvcc: str, archs: list[str], output: Path) -> list[str]:
@@ -98,11 +102,17 @@ class BuildNative(build_ext):
         if nvcc is None:
             self.warn("no nvcc (CUDA_HOME, PATH or /usr/local/cuda): vllm-gqsa installs without its CUDA kernels")
             return False
-        archs = cuda_archs(nvcc)
-        if not archs:
-            self.warn("GQSA_CUDA_ARCHS is empty: vllm-gqsa installs without its CUDA kernels")
-            return False
-        subprocess.run(cuda_command(nvcc, archs, output), check=True)
+        try:
+            archs = cuda_archs(nvcc)
+            if not archs:
+                self.warn("GQSA_CUDA_ARCHS is empty: vllm-gqsa installs without its CUDA kernels")
+                return False
+            subprocess.run(cuda_command(nvcc, archs, output), check=True)
+        except subprocess.CalledProcessError as error:
+            raise SystemExit(
+                f"{nvcc} could not build the CUDA kernels; it must be 12.4 or later. GQSA_CUDA_ARCHS names the compute "
+                'capabilities to build for ("80;90"); GQSA_CUDA_ARCHS= with nothing behind it installs without them'
+            ) from error
         return True
 
     def build_cpu(self, output: Path) -> bool:

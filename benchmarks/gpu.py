@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SITE = ROOT / "build" / "gpu" / "site"
 CUDA_LIBRARY = "vllm_gqsa/kernels/_cuda.so"
 CPU_LIBRARY = "vllm_gqsa/kernels/_cpu.so"
-NEEDED = ("torch", "numpy", "pydantic", "safetensors", "pytest", "hypothesis", "filelock", "setuptools")
+NEEDED = ("torch", "numpy", "pydantic", "re2", "safetensors", "pytest", "hypothesis", "filelock", "setuptools")
 SELECTION = (
     "(test_kernels and 16 and dtype0) or (test_uneven_rows and 16) or test_columns_beyond_the_window or "
     "test_other_tokens_change_no_bit or test_division_by_rows or (test_embedding and 16)"

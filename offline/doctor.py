@@ -5,6 +5,7 @@ import importlib.metadata
 import os
 import platform
 import re
+import shutil
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -64,6 +65,7 @@ def diagnose(checkpoint: Path | None) -> Diagnosis:
     device = _device()
     _machine(found)
     _cpu_kernels(found, device)
+    _compiler(found, device)
     _cuda_kernels(found, device)
     _plugin(found)
     if checkpoint is not None:
@@ -131,6 +133,15 @@ def _cpu_kernels(found: Diagnosis, device: str) -> None:
             found.problems.append(str(error))
 
 
+def _compiler(found: Diagnosis, device: str) -> None:
+    """What torch.compile looks for, and nothing else: not clang++, unless CXX says so."""
+    name = os.environ.get("CXX", "g++")
+    if device == "cpu" and shutil.which(name) is None:
+        found.warnings.append(
+            f"vLLM compiles models with a C++ compiler, and there is no {name}: install it, or serve with --enforce-eager"
+        )
+
+
 def _cuda_kernels(found: Diagnosis, device: str) -> None:
     found.facts["CUDA kernels"] = "built" if cuda.available() else "not built"
     if device != "cuda":
@@ -149,7 +160,7 @@ def _cuda_kernels(found: Diagnosis, device: str) -> None:
 def _plugin(found: Diagnosis) -> None:
     if all(_version(name) is None for name in _VLLM):
         found.problems.append(
-            "vLLM is not installed: run make setup in a clone (CPU), or pip install 'vllm-gqsa[cuda]'"
+            "vLLM is not installed: run make setup (CPU) in a clone of vllm-gqsa, or pip install '.[cuda]'"
         )
     elif _version("vllm") is None:
         found.problems.append(

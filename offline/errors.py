@@ -16,4 +16,4 @@ def missing_extra(error: ModuleNotFoundError) -> InputError:
     package = (error.name or "vllm_gqsa").partition(".")[0]
     if package == "vllm_gqsa":
         raise error
-    return InputError(f"{package} is not installed; gqsa needs the extra: pip install 'vllm-gqsa[offline]'")
+    return InputError(f"{package} is not installed; in a clone of vllm-gqsa: pip install '.[offline]'")

@@ -1,5 +1,6 @@
 """Dense model in, finished checkpoint out, one block at a time, resumable."""
 
+import importlib
 import shlex
 import shutil
 from dataclasses import dataclass
@@ -174,6 +175,7 @@ def compress(job: Job, progress: Progress) -> dict[str, Any]:
         InputError: model, text, recipe or output folder cannot be used; see the message.
         FormatError: a file of the dense model is broken.
     """
+    importlib.import_module("matplotlib")  # for the last step: better missed now than hours later
     model = DenseModel(job.model)
     family = family_of(model.config)
     shapes = check_layers(model, family, job.recipe)

@@ -95,6 +95,7 @@ def test_an_nvcc_that_fails_ends_the_installation(source, tmp_path):
     result = setup(source, "build_ext", "--inplace", PATH="", CUDA_HOME=str(tmp_path), GQSA_CUDA_ARCHS="90")
     assert result.returncode != 0
     assert "broken" in result.stderr
+    assert "could not build the CUDA kernels; it must be 12.4 or later" in result.stderr
     assert not list(source.rglob("_cuda*"))
 
 
@@ -117,7 +118,8 @@ def test_architectures_of_this_machine_or_all_that_nvcc_knows(recipe, monkeypatc
     nvcc = executable(tmp_path / "nvcc", "echo compute_75; echo compute_80; echo compute_89; echo compute_90")
     smi = tmp_path / "nvidia-smi"
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    for answer, expected in (("9.0\n8.9\n9.0", ["89", "90"]), ("7.5", ["80", "89", "90"]), ("", ["80", "89", "90"])):
+    every = ["80", "89", "90"]
+    for answer, expected in (("9.0\n8.9\n9.0", ["89", "90"]), ("7.5", every), ("", every), ("9.0\n12.1", every)):
         executable(smi, f"printf '{answer}'")
         assert recipe.cuda_archs(str(nvcc)) == expected
 

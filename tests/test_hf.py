@@ -230,9 +230,9 @@ def _tensor(folder, name):
         (drop_module, f"{Q}.crow_indices is missing"),
         (add_tensor, "model.layers.0.mlp.gate, which config.json does not list"),
         (truncate, "model.safetensors: is not a complete safetensors file"),
-        (corrupt, rf"{Q}: scale_zero\[0\] holds the scale 0.0"),
+        (corrupt, rf"model.safetensors: {Q}: scale_zero\[0\] holds the scale 0.0"),
         (wrong_dtype, f"{Q}: scale_zero is torch.int32, expected torch.int16"),
-        (lie, f"{Q}: holds nnz = [0-9]+ groups, config.json says [0-9]+"),
+        (lie, f"model.safetensors: {Q}: holds nnz = [0-9]+ groups, config.json says [0-9]+"),
         (
             other_group_size,
             f"config.json: .*modules: .*k_proj has groups of 16, {Q} of 32; they are served as one fused",

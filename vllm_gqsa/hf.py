@@ -155,8 +155,8 @@ class GqsaQuantizer(HfQuantizer):
 
     requires_calibration = True
     quantization_config: GqsaHfConfig
-    _nnz: dict[str, int]
-    """Kept groups of every compressed module, by its name in the model."""
+    _listed: dict[str, tuple[str, int]]
+    """File and name in it, for messages, and kept groups of every compressed module, by its name in the model."""
 
     def _process_model_before_weight_loading(
         self,
@@ -178,10 +178,13 @@ class GqsaQuantizer(HfQuantizer):
             raise FormatError(f"{files.folder}: holds two sets of weights, and transformers reads the wrong one")
         kind = model.config.model_type
         listed = {name_in_model(name, kind): name for name in config.modules}
-        self._nnz = {name: config.modules[on_disk].nnz for name, on_disk in listed.items()}
-        unfuse_experts(model, kind, lambda experts: any(name.startswith(f"{experts}.") for name in self._nnz))
-        for name, nnz in self._nnz.items():
-            _replace(model, name, nnz, config.group_size_of(listed[name]))
+        self._listed = {
+            name: (f"{files.file_of[f'{on_disk}.qweight']}: {on_disk}", config.modules[on_disk].nnz)
+            for name, on_disk in listed.items()
+        }
+        unfuse_experts(model, kind, lambda experts: any(name.startswith(f"{experts}.") for name in listed))
+        for name, on_disk in listed.items():
+            _replace(model, name, config.modules[on_disk].nnz, config.group_size_of(on_disk))
         # Experts that stay fused have other names in files; transformers itself says where one of them is missing.
         present = {name_in_model(name, kind) for name in files.file_of} | set(fused_experts(model))
         for name in missing_dense(config, model, present):
@@ -201,11 +204,11 @@ class GqsaQuantizer(HfQuantizer):
         for name, module in model.named_modules():
             if not isinstance(module, _GqsaModule) or module.qweight.is_meta:
                 continue
-            matrix = module.matrix
-            matrix.validate(name, module.shape)
+            matrix, (where, nnz) = module.matrix, self._listed[name]
+            matrix.validate(where, module.shape)
             # Loading puts whatever shape the file holds in the place of the buffer.
-            if matrix.nnz != self._nnz[name]:
-                raise FormatError(f"{name}: holds nnz = {matrix.nnz} groups, config.json says {self._nnz[name]}")
+            if matrix.nnz != nnz:
+                raise FormatError(f"{where}: holds nnz = {matrix.nnz} groups, config.json says {nnz}")
         return model
 
     def is_serializable(self, *_: object, **__: object) -> bool:

@@ -7,7 +7,7 @@
 //     codes       [records][2][32] x 16 bytes   8 words a lane, 8 codes a word; words 0..3 first, then 4..7
 //     scale_zero  [records][32][64 / G] x 2     as in the checkpoint; 0 where a row has no more groups (no valid scale)
 //     columns     [records][32][64 / G] x 1     group's place in its row, less the base of the record
-//     heads       [records] x 4                 slab, base, first and last record of a slab: see Head
+//     heads       [records] x 4                 slab, base, first and last record of a slab: see make_head
 //     slab_ptr    [slabs + 1] x 4               first record of every slab
 //     rows        [slabs][32] x 4               the row of every lane, -1 for none
 //

@@ -81,8 +81,9 @@ using namespace gqsa::cuda;
 #pragma GCC visibility push(default)
 extern "C" {
 
-// Compute capability (times ten), multiprocessors and shared memory a block of the current device; an error also if this
-// library holds no code for it.
+// Compute capability (times ten) that the code which runs on the current device was made for, and its multiprocessors and
+// shared memory a block; an error also if this library holds no code for it. A newer device may run code that the driver
+// makes from PTX of an older one, without what only newer ones have, such as the wait for the kernel before.
 int32_t gqsa_cuda_device(int32_t* capability, int32_t* multiprocessors, int32_t* shared_bytes) {
 #ifdef __CUDACC__
     int device = 0, major = 0, minor = 0;
@@ -92,8 +93,9 @@ int32_t gqsa_cuda_device(int32_t* capability, int32_t* multiprocessors, int32_t*
     if (!error) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
     if (!error) error = cudaDeviceGetAttribute(multiprocessors, cudaDevAttrMultiProcessorCount, device);
     if (!error) error = cudaDeviceGetAttribute(shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    *capability = major * 10 + minor;
     if (!error) error = cudaFuncGetAttributes(&attributes, gemv<1, 16>);
+    *capability = major * 10 + minor;
+    if (attributes.ptxVersion < *capability) *capability = attributes.ptxVersion;
     if (error) cudaGetLastError();  // or torch would find it and take it for its own
     return error;
 #else
@@ -110,7 +112,7 @@ const char* gqsa_cuda_message(int32_t error) {
 #endif
 }
 
-// Shared memory that gqsa_cuda_gemv needs for `tokens` (1, 2, 4 or 8) and that gqsa_cuda_gemm needs.
+// Shared memory that gqsa_cuda_gemv needs for `tokens` (1, 2, 4 or 8).
 int32_t gqsa_cuda_gemv_shared(int32_t tokens, int32_t in_features) {
     switch (tokens) {
         case 1: return gemv_shared_bytes<1>(in_features);

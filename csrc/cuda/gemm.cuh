@@ -146,7 +146,8 @@ __device__ __forceinline__ void walk(const Weight& weight, const Product& produc
         for (int from = start; more; from += kWindow<G>) {
             more = __syncthreads_or(has && scatter<T, G>(record, half * kLanes + lane, from, shared));
             const bool all = more || from != start || final;  // leave nothing behind
-            const int to = all ? from + kWindow<G> : next;
+            // Of columns further than a window nothing is in shared memory: their places are those of earlier ones.
+            const int to = all || next > from + kWindow<G> ? from + kWindow<G> : next;
             multiply<T, G, N>(weight, product, from, to < columns ? to : columns, magic, shared, sums);
             __syncthreads();
         }

@@ -96,6 +96,16 @@ def test_columns_beyond_the_window(device, group_size):
         assert_right(linear_cuda(x, pack(weight, device), bias, kernel), x, weight, bias, kernel)
 
 
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+def test_a_gap_wider_than_the_window(device, group_size):
+    """Columns that no row of a panel has kept: what lies before them must not be multiplied again behind them."""
+    keep = torch.ones(64, 250, dtype=torch.bool)
+    keep[:, 8:180] = False
+    weight = GroupSparseMatrix.from_dense(torch.randn(64, 250 * group_size), keep, group_size)
+    x, bias = inputs(10, weight, torch.float16, device)
+    assert_right(linear_cuda(x, pack(weight, device), bias, "gemm"), x, weight, bias, "gemm")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(40))
 def test_many_random_cases(device, seed):

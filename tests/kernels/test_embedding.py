@@ -46,10 +46,18 @@ def test_nothing_kept():
     assert torch.equal(embedding(torch.tensor([3, 0]), weight), torch.zeros(2, 32))
 
 
-@pytest.mark.parametrize("ids", [[-1], [3, 24]])
-def test_ids_outside_of_a_packed_table_are_refused(ids):
-    with pytest.raises(IndexError, match=r"gqsa::embedding: ids -?\d+..\d+ are outside 0..23|ids -1..-1 are outside"):
-        embedding(torch.tensor(ids), prepare(random_matrix(24, 64)))
+@pytest.mark.parametrize("layout", [prepare, lambda weight: weight])
+@pytest.mark.parametrize("ids", [[-1], [-2], [3, 24]])
+def test_ids_outside_of_the_table_are_refused(ids, layout):
+    with pytest.raises(IndexError, match=rf"gqsa::embedding: ids {ids[0]}\.\.{ids[-1]} are outside 0\.\.23"):
+        embedding(torch.tensor(ids), layout(random_matrix(24, 64)))
+
+
+def test_where_nobody_waits_an_id_that_is_no_row_gives_nan():
+    weight = random_matrix(24, 64)
+    found = module._embedding_reference(torch.tensor([24, -1, 3]), weight, torch.float16)
+    assert found[:2].isnan().all()
+    assert torch.equal(found[2], weight.to_dense(torch.float16)[3])
 
 
 @pytest.mark.parametrize("shape", [(5,), (2, 3), (), (0,)])

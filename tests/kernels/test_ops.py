@@ -7,7 +7,8 @@ from hypothesis import given, settings, strategies as st
 
 from tests.helpers import random_matrix
 from vllm_gqsa.format import GroupSparseMatrix
-from vllm_gqsa.kernels import linear, ops
+from vllm_gqsa.kernels import linear, ops, prepare
+from vllm_gqsa.kernels.layouts import check_use
 from vllm_gqsa.kernels.reference import linear_reference
 
 
@@ -63,6 +64,31 @@ def test_wrong_width_is_refused():
     x, weight, _ = arguments()
     with pytest.raises(ValueError, match="x has 32 features, the weight has 64"):
         linear(x[:, :32], weight)
+
+
+@pytest.mark.parametrize("layout", [prepare, lambda weight: weight])
+@pytest.mark.parametrize("bias", [torch.zeros(24, dtype=torch.float16), torch.zeros(3), torch.zeros(1, 24)])
+def test_another_bias_is_refused(layout, bias):
+    x, weight, _ = arguments()
+    with pytest.raises(ValueError, match=r"bias is torch.float\d\d \[.*\], it must be torch.float32 \[24\]"):
+        linear(x, layout(weight), bias)
+
+
+def test_another_device_is_refused():
+    _, weight, _ = arguments()
+    with pytest.raises(ValueError, match="gqsa::linear: x is on meta, the weight on cpu"):
+        check_use("gqsa::linear", torch.empty(3, 64, device="meta"), prepare(weight))
+
+
+def test_gradients_come_from_the_reference_alone():
+    x, weight, _ = arguments()
+    x.requires_grad_()
+    linear(x, weight).sum().backward()
+    torch.testing.assert_close(x.grad, weight.to_dense().sum(0).expand(3, 64))
+    with pytest.raises(RuntimeError, match="gqsa::linear: the native kernels have no gradients; call it under torch.no"):
+        linear(x, prepare(weight))
+    with torch.no_grad():
+        torch.testing.assert_close(linear(x, prepare(weight)), linear(x, weight))
 
 
 @pytest.mark.parametrize("shape", [(3, 64), (2, 3, 64), (64,), (0, 64)])

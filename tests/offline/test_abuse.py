@@ -203,14 +203,14 @@ def test_verify_compares_modules_with_ignore(gqsa, tmp_path):
     assert (code, f"config.json: neither lists {up} in modules nor ignores it" in err) == (2, True)
 
 
-@pytest.mark.parametrize("package", ["typer", "rich", "transformers", "datasets"])
+@pytest.mark.parametrize("package", ["typer", "rich", "transformers", "datasets", "matplotlib"])
 def test_without_the_extra(package, dense, tmp_path):
     """In a process of its own, in which the package is not there."""
     hide = f"import sys; sys.modules[{package!r}] = None; from vllm_gqsa.offline.__main__ import main; main()"
     command = ["compress", dense("llama"), tmp_path / "out", "--calibration", "some/dataset", "--context", "48"]
     done = subprocess.run([sys.executable, "-c", hide, *map(str, command)], capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert f"{package} is not installed; gqsa needs the extra: pip install 'vllm-gqsa[offline]'" in " ".join(
+    assert f"{package} is not installed; in a clone of vllm-gqsa: pip install '.[offline]'" in " ".join(
         done.stderr.split()
     )
     assert "Traceback" not in done.stderr

@@ -61,7 +61,7 @@ main()
     assert done.returncode == 1, done.stderr
     found = json.loads(done.stdout)
     assert found["problems"] == [
-        "vLLM is not installed: run make setup in a clone (CPU), or pip install 'vllm-gqsa[cuda]'"
+        "vLLM is not installed: run make setup (CPU) in a clone of vllm-gqsa, or pip install '.[cuda]'"
     ]
     assert "14 modules" in found["facts"]["checkpoint"]
 
@@ -79,6 +79,15 @@ def test_without_a_compiler_it_warns(monkeypatch, checkpoint):
     assert found.facts["in float32"].startswith("torch reference (installed without a C++ compiler)")
     if doctor._device() == "cpu":
         assert any("install g++ or clang++" in each for each in found.warnings)
+
+
+def test_what_vllm_compiles_with(monkeypatch):
+    sentence = "vLLM compiles models with a C++ compiler, and there is no my-g++: install it, or serve with --enforce-eager"
+    monkeypatch.setattr(doctor, "_device", lambda: "cpu")
+    monkeypatch.setenv("CXX", "my-g++")
+    assert sentence in doctor.diagnose(None).warnings
+    monkeypatch.setenv("CXX", sys.executable)
+    assert not any("--enforce-eager" in each for each in doctor.diagnose(None).warnings)
 
 
 def test_a_cuda_build_without_a_gpu(monkeypatch):

@@ -123,6 +123,21 @@ def test_as_on_a_gpu(tokens, here, layout, monkeypatch):
     assert_close(found, (x, weights.masked_fill(elsewhere, 0), ids))
 
 
+def test_as_on_a_gpu_the_copies_are_made_one_after_another(monkeypatch):
+    monkeypatch.setattr("vllm_gqsa.kernels.moe._host_may_wait", lambda _: False)
+    monkeypatch.setattr("vllm_gqsa.kernels.moe._DENSE_BYTES", 1)
+    layer, routing = loaded(0, 1), routed(2)
+    assert_close(layer.quant_method.apply(layer, *routing), routing)
+
+
+def test_as_on_a_gpu_batch_invariance_goes_through_every_expert(monkeypatch):
+    monkeypatch.setattr("vllm_gqsa.kernels.moe._host_may_wait", lambda _: False)
+    monkeypatch.setattr("vllm_gqsa.kernels.moe._gathered", lambda *_: pytest.fail("another way for few tokens"))
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    layer, routing = loaded(0, 1), routed(2)
+    assert_close(layer.quant_method.apply(layer, *routing), routing)
+
+
 def test_opcheck(layout):
     layer = loaded(0, 1)
     stacks, layouts = zip(*(matrix.arguments(layer) for matrix in layer.quant_method._matrices), strict=True)

@@ -6,7 +6,10 @@ __all__ = ["FormatError", "few"]
 
 
 class FormatError(ValueError):
-    """A GQSA checkpoint breaks the format; the message names the file, module and value at fault."""
+    """A GQSA checkpoint breaks the format; the message names the file, module and value at fault.
+
+    In vLLM, which hands tensors out without saying what file they are from, the layer in place of the file.
+    """
 
 
 def few(names: Sequence[str]) -> str:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from vllm_gqsa.format import TENSORS, GroupSparseMatrix
 from vllm_gqsa.kernels import native
 
-__all__ = ["PackedMatrix", "check_activations", "choose_kernel", "kernels", "linear_cpu", "partition"]
+__all__ = ["PackedMatrix", "check_activations", "choose_kernel", "kernels", "linear_cpu", "partition", "usable"]
 
 _logger = logging.getLogger(__name__)
 
@@ -148,6 +148,11 @@ class PackedMatrix:
     in_features: int
     group_size: int
 
+    @property
+    def out_features(self) -> int:
+        """Number of rows N."""
+        return self.crow_indices.shape[0] - 1
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """The four tensors, by the names of :data:`vllm_gqsa.format.TENSORS`."""
         return {name: getattr(self, name) for name in TENSORS}
@@ -156,14 +161,8 @@ class PackedMatrix:
     def pack(cls, matrix: GroupSparseMatrix) -> "PackedMatrix":
         """Copy a valid matrix on the CPU; every thread writes what it will read, for machines with NUMA.
 
-        Raises:
-            ValueError: it has more columns than the kernels can number.
+        It must be :func:`usable`.
         """
-        if matrix.in_features > _MAX_FEATURES:
-            raise ValueError(
-                f"a matrix [{matrix.out_features}, {matrix.in_features}] is too wide for the CPU kernels: they number "
-                f"{_MAX_FEATURES} columns"
-            )
         blocks = -(-matrix.qweight.numel() // _BLOCK_BYTES)
         packed = cls(
             crow_indices=matrix.crow_indices.contiguous(),
@@ -203,13 +202,9 @@ class PackedMatrix:
     def look_up(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Rows ``ids`` (int32 or int64, any shape) of the dense weight, rounded once to ``dtype``: ``[*ids.shape, K]``.
 
-        Raises:
-            IndexError: an id is no row.
+        That each of them is a row is trusted.
         """
-        rows = self.crow_indices.shape[0] - 1
         ids = ids.to(torch.int64).contiguous()
-        if ids.numel() and not (int(ids.min()) >= 0 and int(ids.max()) < rows):
-            raise IndexError(f"gqsa::embedding: ids {int(ids.min())}..{int(ids.max())} are outside 0..{rows - 1}")
         out = torch.empty(*ids.shape, self.in_features, dtype=dtype)
         _library().gqsa_cpu_look_up(
             kernels()[choose_kernel(dtype, self.group_size)],
@@ -224,11 +219,22 @@ class PackedMatrix:
             self.group_mask.data_ptr(),
             self.qweight.data_ptr(),
             self.scale_zero.data_ptr(),
-            self.crow_indices.shape[0] - 1,
+            self.out_features,
             self.in_features,
             self.group_mask.shape[1],
             self.group_size,
         )
+
+
+def usable(weight: GroupSparseMatrix) -> bool:
+    """Whether the kernels can multiply by ``weight``; where not, a warning says why."""
+    if weight.in_features > _MAX_FEATURES:
+        _logger.warning(
+            "a matrix [%d, %d] is too wide for the CPU kernels, which number %d columns; torch computes it, slowly",
+            *(weight.out_features, weight.in_features, _MAX_FEATURES),
+        )
+        return False
+    return True
 
 
 def linear_cpu(
@@ -260,7 +266,7 @@ def linear_cpu(
     """
     if x.dtype not in _DTYPES:
         raise TypeError(f"gqsa::linear: x is {x.dtype}; it must be float32, float16 or bfloat16")
-    rows = weight.crow_indices.shape[0] - 1
+    rows = weight.out_features
     flat = x.reshape(-1, weight.in_features)
     bias = None if bias is None else bias.contiguous()
     tokens = flat.shape[0]
@@ -290,7 +296,7 @@ def linear_cpu(
 
 
 def _linear_dense(x: torch.Tensor, weight: PackedMatrix, bias: torch.Tensor | None, kernel: str) -> torch.Tensor:
-    rows = weight.crow_indices.shape[0] - 1
+    rows = weight.out_features
     step = max(32, _CHUNK_BYTES // (weight.in_features * x.element_size()))
     out = torch.empty(x.shape[0], rows, dtype=x.dtype)
     for start in range(0, rows, step):

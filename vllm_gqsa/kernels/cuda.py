@@ -67,7 +67,7 @@ class Device:
     """What of a device matters to the choice of a kernel.
 
     Attributes:
-        capability: compute capability times ten.
+        capability: compute capability times ten that the code which runs there was made for.
         multiprocessors: their number, and that of the blocks of a launch.
         shared_bytes: shared memory that a block may use.
     """

@@ -12,7 +12,7 @@ import torch
 from vllm_gqsa.format import GroupSparseMatrix, unpack_bitmap
 from vllm_gqsa.kernels.cpu import PackedMatrix
 from vllm_gqsa.kernels.cuda import look_up
-from vllm_gqsa.kernels.layouts import Matrix, layout_of, rebuild
+from vllm_gqsa.kernels.layouts import Matrix, check_use, layout_of, rebuild
 from vllm_gqsa.kernels.registry import register
 from vllm_gqsa.kernels.slab import SlabMatrix
 
@@ -31,6 +31,10 @@ def _embedding(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     matrix = rebuild(weight, layout, in_features, group_size)
+    check_use(_NAME, ids, matrix)
+    if ids.device.type == "cpu" and ids.numel() and not (ids.min() >= 0 and ids.max() < matrix.out_features):
+        found = f"{int(ids.min())}..{int(ids.max())}"
+        raise IndexError(f"{_NAME}: ids {found} are outside 0..{matrix.out_features - 1}")
     if isinstance(matrix, PackedMatrix):
         return matrix.look_up(ids, dtype)
     if isinstance(matrix, SlabMatrix):
@@ -42,12 +46,14 @@ def _embedding_reference(ids: torch.Tensor, weight: GroupSparseMatrix, dtype: to
     shape = (*ids.shape, weight.in_features)
     if not weight.nnz:
         return torch.zeros(shape, dtype=dtype, device=ids.device)
-    rows = ids.flatten()
+    is_row = (ids >= 0) & (ids < weight.out_features)
+    rows = ids.where(is_row, 0).flatten()
     keep = unpack_bitmap(weight.group_mask[rows])[:, : weight.groups_per_row]  # [M, S]
     # As in to_dense: every place takes the last kept group so far, of its row or before, and pruned ones are blanked.
     source = (weight.crow_indices[rows, None] + keep.cumsum(1) - 1).clamp_(min=0).flatten()
     groups = replace(weight, qweight=weight.qweight[source], scale_zero=weight.scale_zero[source]).dequantize_groups()
-    return groups.masked_fill_(~keep.reshape(-1, 1), 0).to(dtype).view(shape)
+    found = groups.masked_fill_(~keep.reshape(-1, 1), 0).to(dtype).view(shape)
+    return found.masked_fill_(~is_row[..., None], float("nan"))
 
 
 def _embedding_fake(
@@ -77,7 +83,8 @@ def embedding(ids: torch.Tensor, weight: Matrix, dtype: torch.dtype = torch.floa
         ``dtype``.
 
     Raises:
-        IndexError: an id is no row of ``weight``; not noticed on a GPU.
+        IndexError: an id is no row of ``weight``. On a GPU, where nobody waits to see it, its result is NaN instead.
+        ValueError: ``ids`` is on another device than ``weight``.
     """
     result: torch.Tensor = torch.ops.gqsa.embedding(
         ids, list(weight.tensors().values()), layout_of(weight), weight.in_features, weight.group_size, dtype

@@ -5,11 +5,11 @@ from collections.abc import Callable, Sequence
 import torch
 
 from vllm_gqsa.format import GroupSparseMatrix
-from vllm_gqsa.kernels import cuda, native
+from vllm_gqsa.kernels import cpu, cuda, native
 from vllm_gqsa.kernels.cpu import PackedMatrix
 from vllm_gqsa.kernels.slab import SlabMatrix
 
-__all__ = ["Matrix", "layout_of", "prepare", "rebuild", "restore"]
+__all__ = ["Matrix", "check_use", "layout_of", "prepare", "rebuild", "restore"]
 
 Matrix = GroupSparseMatrix | PackedMatrix | SlabMatrix
 
@@ -27,6 +27,27 @@ def rebuild(tensors: Sequence[torch.Tensor], layout: str, in_features: int, grou
     return kind(*tensors, in_features, group_size)
 
 
+def check_use(name: str, x: torch.Tensor, weight: Matrix) -> None:
+    """Refuse what the native kernels, which trust pointers, would not notice.
+
+    Args:
+        name: of the op, for the message.
+        x: what it is given to compute with.
+        weight: the matrix.
+
+    Raises:
+        ValueError: ``x`` is on another device than ``weight``.
+        RuntimeError: a gradient is wanted through a matrix that was prepared for a native kernel.
+    """
+    if x.device != weight.qweight.device:
+        raise ValueError(f"{name}: x is on {x.device}, the weight on {weight.qweight.device}")
+    if x.requires_grad and torch.is_grad_enabled() and not isinstance(weight, GroupSparseMatrix):
+        raise RuntimeError(
+            f"{name}: the native kernels have no gradients; call it under torch.no_grad(), or with the matrix as it was "
+            "before vllm_gqsa.kernels.prepare"
+        )
+
+
 def prepare(weight: GroupSparseMatrix, device: torch.device | str | None = None) -> Matrix:
     """A matrix laid out for the fastest kernel of a device, and there: what to keep in place of ``weight``.
 
@@ -38,7 +59,7 @@ def prepare(weight: GroupSparseMatrix, device: torch.device | str | None = None)
         device: where it is to be used; None for where it is.
     """
     device = weight.qweight.device if device is None else torch.device(device)
-    if device.type == "cpu" and native.available():
+    if device.type == "cpu" and native.available() and cpu.usable(weight):
         return PackedMatrix.pack(weight.to(device))
     if device.type == "cuda" and native.available() and cuda.usable(device, weight):
         return SlabMatrix.pack(weight.to("cpu")).to(device)

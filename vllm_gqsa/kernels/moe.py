@@ -5,6 +5,7 @@ down projections stacked, ``[E * K, I]``. An expert is a range of rows. Importin
 """
 
 import functools
+import os
 from collections.abc import Callable, Iterator
 
 import torch
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 
 from vllm_gqsa.kernels.cpu import PackedMatrix, linear_cpu
 from vllm_gqsa.kernels.embedding import embedding
-from vllm_gqsa.kernels.layouts import Matrix, layout_of, rebuild
+from vllm_gqsa.kernels.layouts import Matrix, check_use, layout_of, rebuild
 from vllm_gqsa.kernels.registry import register
 
 __all__ = ["ACTIVATIONS", "moe"]
@@ -29,6 +30,10 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
 }
 """What is done to the gate before it is multiplied by the up projection, by vLLM's names."""
+
+_DENSE_BYTES = 64 << 20
+"""Copies of experts' weights expanded at a time, or one where that is larger. vLLM measures how much memory a step takes
+with many tokens, and so with one expert at a time; this should not take much more."""
 
 
 def _moe(
@@ -47,10 +52,13 @@ def _moe(
     width = (gate_up[0].shape[0] - 1) // (2 * experts)
     first = rebuild(gate_up, layouts[0], hidden, group_sizes[0])
     second = rebuild(down, layouts[1], width, group_sizes[1])
+    for stack in (first, second):
+        check_use(_NAME, x, stack)
     tokens, weights = x.reshape(-1, hidden), topk_weights.float()
     act = ACTIVATIONS[activation]
     may_wait = _host_may_wait(x.device)
-    if not may_wait and topk_ids.numel() <= experts:
+    invariant = os.environ.get("VLLM_BATCH_INVARIANT") == "1"
+    if not may_wait and not invariant and topk_ids.numel() <= experts:
         out = _gathered(tokens, weights, topk_ids, first, second, act)
     else:
         out = torch.zeros(tokens.shape, dtype=torch.float32, device=x.device)
@@ -99,8 +107,13 @@ def _gathered(
     ids = topk_ids.clamp(min=0).flatten()  # experts of other ranks have any weights, and no share
 
     def multiply(x: torch.Tensor, stack: Matrix, rows: int) -> torch.Tensor:
-        of_expert = ids[:, None] * rows + torch.arange(rows, device=ids.device)
-        return torch.bmm(embedding(of_expert, stack, x.dtype), x[..., None])[..., 0]
+        step = max(1, _DENSE_BYTES // (rows * stack.in_features * x.element_size()))
+        row = torch.arange(rows, device=ids.device)
+        products = [
+            torch.bmm(embedding(some[:, None] * rows + row, stack, x.dtype), part[..., None])
+            for some, part in zip(ids.split(step), x.split(step), strict=True)
+        ]
+        return torch.cat(products)[..., 0]
 
     each = tokens.repeat_interleave(topk_ids.shape[1], 0)
     gate, up = multiply(each, gate_up, 2 * down.in_features).chunk(2, dim=-1)
@@ -112,7 +125,7 @@ def _expert(x: torch.Tensor, stack: Matrix, expert: int, rows: int) -> torch.Ten
     """``x W^T`` with the rows of one expert."""
     start, stop = expert * rows, (expert + 1) * rows
     if isinstance(stack, PackedMatrix):
-        weights = (stack.crow_indices.shape[0] - 1) * stack.in_features
+        weights = stack.out_features * stack.in_features
         kept = stack.scale_zero.shape[0] * stack.group_size / weights
         return linear_cpu(x, stack.part(start, stop), kept=kept)
     return F.linear(x, embedding(torch.arange(start, stop, device=x.device), stack, x.dtype))
@@ -154,7 +167,12 @@ def moe(
 
     Returns:
         ``[..., K]`` in the dtype of ``x``: the sum over each token's experts of ``weight * down(activation(gate(x)) *
-        up(x))``, summed in float32.
+        up(x))``, summed in float32. On a GPU vLLM's ``VLLM_BATCH_INVARIANT=1`` keeps to one way of multiplying whatever
+        the number of tokens.
+
+    Raises:
+        ValueError: ``x`` is on another device than the matrices.
+        RuntimeError: a gradient is wanted through what :func:`vllm_gqsa.kernels.prepare` returned.
     """
     result: torch.Tensor = torch.ops.gqsa.moe(
         x,

@@ -8,7 +8,7 @@ import torch
 
 from vllm_gqsa.kernels.cpu import PackedMatrix, linear_cpu
 from vllm_gqsa.kernels.cuda import linear_cuda
-from vllm_gqsa.kernels.layouts import Matrix, layout_of, rebuild
+from vllm_gqsa.kernels.layouts import Matrix, check_use, layout_of, rebuild
 from vllm_gqsa.kernels.reference import linear_reference
 from vllm_gqsa.kernels.registry import register
 from vllm_gqsa.kernels.slab import SlabMatrix
@@ -30,6 +30,11 @@ def _linear(
     if x.shape[-1] != in_features:
         raise ValueError(f"{_NAME}: x has {x.shape[-1]} features, the weight has {in_features}")
     matrix = rebuild(weight, layout, in_features, group_size)
+    check_use(_NAME, x, matrix)
+    if bias is not None and (bias.dtype != x.dtype or bias.shape != (matrix.out_features,)):
+        raise ValueError(
+            f"{_NAME}: bias is {bias.dtype} {list(bias.shape)}, it must be {x.dtype} [{matrix.out_features}]"
+        )
     if isinstance(matrix, PackedMatrix):
         return linear_cpu(x, matrix, bias)
     if isinstance(matrix, SlabMatrix):
@@ -66,7 +71,9 @@ def linear(x: torch.Tensor, weight: Matrix, bias: torch.Tensor | None = None) ->
         ``[..., N]`` in the dtype of ``x``, contiguous, never an alias of an input.
 
     Raises:
-        ValueError: the last dimension of ``x`` is not K.
+        ValueError: the last dimension of ``x`` is not K, ``x`` is on another device than ``weight``, or ``bias`` is not
+            ``[N]`` in the dtype of ``x``.
+        RuntimeError: a gradient is wanted through what :func:`vllm_gqsa.kernels.prepare` returned.
     """
     tensors = list(weight.tensors().values())
     result: torch.Tensor = torch.ops.gqsa.linear(

@@ -6,6 +6,8 @@ import torch
 
 __all__ = ["register"]
 
+_autograd = torch.library.Library("gqsa", "FRAGMENT")
+
 
 def register(name: str, schema: str, function: Callable[..., torch.Tensor], fake: Callable[..., torch.Tensor]) -> None:
     """Define a functional op, opaque to torch.compile, for every device.
@@ -23,3 +25,5 @@ def register(name: str, schema: str, function: Callable[..., torch.Tensor], fake
     torch.library.define(name, schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.impl(name, "default", function)
     torch.library.register_fake(name, fake)
+    # Gradients, where there are any, are those of the operations inside.
+    _autograd.impl(name.removeprefix("gqsa::"), torch.library.fallthrough_kernel, "Autograd")

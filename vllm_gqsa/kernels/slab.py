@@ -51,6 +51,8 @@ def _library() -> ctypes.CDLL:
 class SlabMatrix:
     """A :class:`GroupSparseMatrix` in slabs of 32 rows, sorted by length: see csrc/common/slab.h.
 
+    The kernels count in ``counters``: a matrix may be in use on one CUDA stream at a time.
+
     With R records, L slabs and g = 64 / min(G, 64) groups of each row in a record:
 
     Attributes:
