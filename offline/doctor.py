@@ -138,7 +138,8 @@ def _compiler(found: Diagnosis, device: str) -> None:
     name = os.environ.get("CXX", "g++")
     if device == "cpu" and shutil.which(name) is None:
         found.warnings.append(
-            f"vLLM compiles models with a C++ compiler, and there is no {name}: install it, or serve with --enforce-eager"
+            f"vLLM compiles models with a C++ compiler, and there is no {name}: install it, or serve with "
+            "--enforce-eager"
         )
 
 

@@ -85,7 +85,7 @@ def test_gradients_come_from_the_reference_alone():
     x.requires_grad_()
     linear(x, weight).sum().backward()
     torch.testing.assert_close(x.grad, weight.to_dense().sum(0).expand(3, 64))
-    with pytest.raises(RuntimeError, match="gqsa::linear: the native kernels have no gradients; call it under torch.no"):
+    with pytest.raises(RuntimeError, match="gqsa::linear: the native kernels have no gradients; call it under"):
         linear(x, prepare(weight))
     with torch.no_grad():
         torch.testing.assert_close(linear(x, prepare(weight)), linear(x, weight))

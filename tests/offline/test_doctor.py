@@ -82,10 +82,10 @@ def test_without_a_compiler_it_warns(monkeypatch, checkpoint):
 
 
 def test_what_vllm_compiles_with(monkeypatch):
-    sentence = "vLLM compiles models with a C++ compiler, and there is no my-g++: install it, or serve with --enforce-eager"
+    sentence = "there is no my-g++: install it, or serve with --enforce-eager"
     monkeypatch.setattr(doctor, "_device", lambda: "cpu")
     monkeypatch.setenv("CXX", "my-g++")
-    assert sentence in doctor.diagnose(None).warnings
+    assert any(sentence in each for each in doctor.diagnose(None).warnings)
     monkeypatch.setenv("CXX", sys.executable)
     assert not any("--enforce-eager" in each for each in doctor.diagnose(None).warnings)
 

@@ -43,8 +43,8 @@ def check_use(name: str, x: torch.Tensor, weight: Matrix) -> None:
         raise ValueError(f"{name}: x is on {x.device}, the weight on {weight.qweight.device}")
     if x.requires_grad and torch.is_grad_enabled() and not isinstance(weight, GroupSparseMatrix):
         raise RuntimeError(
-            f"{name}: the native kernels have no gradients; call it under torch.no_grad(), or with the matrix as it was "
-            "before vllm_gqsa.kernels.prepare"
+            f"{name}: the native kernels have no gradients; call it under torch.no_grad(), or with the matrix as it "
+            "was before vllm_gqsa.kernels.prepare"
         )
 
 

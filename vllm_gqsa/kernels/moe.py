@@ -32,8 +32,8 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 """What is done to the gate before it is multiplied by the up projection, by vLLM's names."""
 
 _DENSE_BYTES = 64 << 20
-"""Copies of experts' weights expanded at a time, or one where that is larger. vLLM measures how much memory a step takes
-with many tokens, and so with one expert at a time; this should not take much more."""
+"""Copies of experts' weights expanded at a time, or one where that is larger. vLLM measures how much memory a step
+takes with many tokens, and so with one expert at a time; this should not take much more."""
 
 
 def _moe(
