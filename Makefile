@@ -10,7 +10,7 @@ STAMP := $(VENV)/.setup-done
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(STAMP) ## Make .venv with this project and the real vLLM for CPU in it
+setup: $(STAMP) ## Make .venv with this project and vLLM for CPU in it
 
 # Quick when nothing it depends on has changed.
 $(STAMP): pyproject.toml setup.py benchmarks/demo/install.py $(wildcard csrc/*/*)

@@ -119,8 +119,8 @@ Install vllm-gqsa beside vLLM, then
 vllm serve {folder} --quantization gqsa
 ```
 
-or with plain transformers, where the first import is needed (without it, transformers warns and returns
-random weights):
+(on a CPU with `VLLM_CPU_KVCACHE_SPACE=1` before it), or with plain transformers, where the first import is needed
+(without it, transformers warns and returns random weights):
 
 ```python
 import vllm_gqsa.hf

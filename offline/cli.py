@@ -216,7 +216,10 @@ def compress(
             f"{report['dense_perplexity']['perplexity']:.3f}), {report['perplexity']['tokens']} tokens",
         },
     )
-    _out.print(f"serve it: vllm serve {output} --quantization gqsa", highlight=False, soft_wrap=True)
+    _out.print(
+        f"serve it: vllm serve {output} --quantization gqsa (on a CPU with VLLM_CPU_KVCACHE_SPACE=1 before it)",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
 
 
 @app.command()

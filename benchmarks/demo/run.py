@@ -111,7 +111,7 @@ def demo(folder: Path, samples: int) -> dict[str, Any]:
     console.print()
     show_answers(console, dense_answers, our_answers)
     show_figures(console, left, right, f"W4S{100 * SPARSITY:.0f} G{GROUP_SIZE}")
-    console.print(f"Serve it yourself: {bin_path('vllm')} serve {ours} --quantization gqsa")
+    console.print(f"Serve it yourself: VLLM_CPU_KVCACHE_SPACE=1 {bin_path('vllm')} serve {ours} --quantization gqsa")
     return headline(left, right, time.monotonic() - start)
 
 
