@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from vllm_gqsa.format import GroupSparseMatrix
+from vllm_gqsa.offline.gradients import Squares
 from vllm_gqsa.offline.recipe import Recipe
 from vllm_gqsa.offline.stream import BlockRunner
 
@@ -86,8 +87,8 @@ class BlockContext:
         batch: windows at a time.
         device: where to compute.
         step: call with the number of steps done.
-        gradient_squares: of linears by full name, where their rows are compared by them, see
-            :func:`vllm_gqsa.offline.gradients.gradient_squares`.
+        squares: of linears by full name, where their rows are compared by them.
+        densities: of linears by full name, where they share a budget.
         logits: of the last block only: what the model makes of its output.
         facts: a stage may note here what the report should say about it.
     """
@@ -104,7 +105,8 @@ class BlockContext:
     batch: int
     device: torch.device
     step: Callable[[int], None]
-    gradient_squares: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    squares: Mapping[str, Squares] = field(default_factory=dict)
+    densities: Mapping[str, float] = field(default_factory=dict)
     logits: Logits | None = None
     facts: dict[str, Any] = field(default_factory=dict)
 

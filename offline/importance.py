@@ -6,7 +6,10 @@ import torch
 
 from vllm_gqsa.offline.recipe import Importance
 
-__all__ = ["HessianSum", "InverseHessian", "group_importance"]
+__all__ = ["HessianSum", "InverseHessian", "curvature_importance", "group_importance"]
+
+_UNSEEN = 1e-15
+"""Mean square of inputs and gradients that were never seen."""
 
 
 class HessianSum:
@@ -115,3 +118,25 @@ def group_importance(
     scale = inverse.hessian_diagonal if formula == "wanda" else inverse.inverse.diagonal().reciprocal()
     scores = (weight.square() * scale).view(rows, groups, group_size).sum(-1)
     return scores if gradient_square is None else scores * gradient_square[:, None]
+
+
+def curvature_importance(
+    weight: torch.Tensor, input_square: torch.Tensor, gradient_square: torch.Tensor, group_size: int
+) -> torch.Tensor:
+    """How much the loss would rise without a group, up to a factor that all linears have in common.
+
+    To second order that is half the sum of w^2 times the diagonal of the loss's Hessian, and this diagonal is taken for
+    the product of the two mean squares (the diagonal of K-FAC, arXiv 1503.05671).
+
+    Args:
+        weight: float32 ``[N, K]``.
+        input_square: float32 ``[K]``, mean square of the input.
+        gradient_square: float32 ``[N]``, mean square of the loss's gradient with respect to the output.
+        group_size: G.
+
+    Returns:
+        Float32 ``[N, K / G]``.
+    """
+    # An expert that was never chosen has seen nothing: its weights count alike, and for less than all others.
+    inputs, gradients = (s if s.any() else torch.full_like(s, _UNSEEN) for s in (input_square, gradient_square))
+    return (weight.square() * (gradients[:, None] * inputs)).view(weight.shape[0], -1, group_size).sum(-1)

@@ -1,12 +1,16 @@
 """Which groups are kept."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
 from vllm_gqsa.format import parse_pattern
 
-__all__ = ["choose_across", "choose_groups"]
+__all__ = ["FLOOR", "choose_across", "choose_groups", "share_budget"]
+
+FLOOR = 0.4
+"""Share of the mean density that each matrix keeps at least, where several share a budget."""
+_OCTAVES, _FINE = 256, 64  # of a histogram of importances: all of float32's range, in bins of a 64th of an octave
 
 
 def choose_groups(importance: torch.Tensor, sparsity: float, pattern: str) -> torch.Tensor:
@@ -52,6 +56,34 @@ def choose_across(importances: Sequence[torch.Tensor], sparsity: float, floor: f
     keep = _top(scores[None], round(len(scores) * density))[0]
     parts = keep.split([importance.numel() for importance in importances])
     return [part.view_as(importance) for part, importance in zip(parts, importances, strict=True)]
+
+
+def share_budget(importances: Iterable[torch.Tensor], sparsity: float, floor: float) -> list[float]:
+    """What :func:`choose_across` would leave of each matrix, with one matrix in memory at a time.
+
+    Args:
+        importances: as there.
+        sparsity: as there, below 1.
+        floor: as there, below 1.
+
+    Returns:
+        The density of each matrix.
+    """
+    counts = torch.stack([_histogram(importance) for importance in importances]).double()
+    least = floor * (1 - sparsity) * counts.sum(1, keepdim=True)
+    # What each matrix keeps if all groups down to a bin are kept.
+    kept = torch.cat([least, counts.cumsum(1).clamp(min=least)], 1)
+    wanted = (1 - sparsity) * counts.sum()
+    last = int((kept.sum(0) < wanted).sum())
+    before, after = kept[:, last - 1], kept[:, last]
+    share = (wanted - before.sum()) / (after.sum() - before.sum())
+    return ((before + share * (after - before)) / counts.sum(1)).tolist()
+
+
+def _histogram(importance: torch.Tensor) -> torch.Tensor:
+    """Numbers of groups, from the most important to the least."""
+    place = (_OCTAVES / 2 - importance.flatten().log2()).mul(_FINE).clamp(0, _OCTAVES * _FINE - 1)
+    return place.long().bincount(minlength=_OCTAVES * _FINE).cpu()
 
 
 def _top(scores: torch.Tensor, count: int) -> torch.Tensor:

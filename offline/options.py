@@ -82,16 +82,16 @@ GroupSize = Annotated[
 Pattern = Annotated[
     str | None,
     typer.Option(
-        help="Scope of the mask: row (every row keeps the same number), matrix, model (with prune only), or n:m (n of "
-        "m adjacent groups).  [quick, default, best: model; blockwise: "
+        help="Scope of the mask: row (every row keeps the same number), matrix, model (with prune or importance kfac), "
+        "or n:m (n of m adjacent groups).  [quick, default, best: model; blockwise: "
         "matrix; one-shot: row]"
     ),
 ]
 ImportanceOption = Annotated[
     Importance | None,
     typer.Option(
-        help="How a group's importance is computed from the Hessian; kfac: and from the loss's gradients, for pattern "
-        "matrix. Not with the stage prune (quick, default, best).  [blockwise: kfac; one-shot: obs]"
+        help="How a group's importance is computed from the Hessian; kfac: and from the loss's gradients, for patterns "
+        "matrix and model. Not with the stage prune (quick, default, best).  [blockwise: kfac; one-shot: obs]"
     ),
 ]
 Compensate = Annotated[

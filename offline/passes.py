@@ -7,12 +7,13 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from vllm_gqsa.format import read_json
 from vllm_gqsa.offline import parallel
 from vllm_gqsa.offline.arithmetic import fast_float32, reproducible, resolve_precision
 from vllm_gqsa.offline.block import BlockContext, CompressedBlock, install, scale_of_errors
@@ -20,8 +21,10 @@ from vllm_gqsa.offline.e2e import EndToEndJob, train_end_to_end
 from vllm_gqsa.offline.errors import InputError
 from vllm_gqsa.offline.families import Family, family_of
 from vllm_gqsa.offline.files import PARTIAL, write_json, write_tensors
-from vllm_gqsa.offline.gradients import WINDOWS, gradient_squares
+from vllm_gqsa.offline.gradients import WINDOWS, Squares, mean_squares
 from vllm_gqsa.offline.head import compress_head
+from vllm_gqsa.offline.importance import curvature_importance
+from vllm_gqsa.offline.mask import FLOOR, share_budget
 from vllm_gqsa.offline.recipe import Recipe
 from vllm_gqsa.offline.source import DenseModel
 from vllm_gqsa.offline.stages import stages_of
@@ -154,7 +157,8 @@ def run_passes(work: Work) -> list[Path]:
 
 def _compress_blocks(work: Work, shards: list[Path], names: list[list[str]]) -> None:
     """Each block is fed what the compressed model feeds it, and compared with the dense block in the dense model."""
-    squares = _gradient_squares(work)
+    squares = _squares(work)
+    densities = _densities(work, squares)
     stream = work.stream()
     if work.recipe.bqpo is not None:
         stream.prepare_training(resolve_precision(work.recipe.precision, work.device), work.calibration.shape[1])
@@ -182,7 +186,7 @@ def _compress_blocks(work: Work, shards: list[Path], names: list[list[str]]) -> 
         else:
             context = BlockContext(
                 index, block, linears[index], prefix, inputs, dense, scale_of_errors(update, dense), work.recipe,
-                work.batch, work.device, step, squares, logits if index + 1 == len(shards) else None,
+                work.batch, work.device, step, squares, densities, logits if index + 1 == len(shards) else None,
             )  # fmt: skip
             state, errors = CompressedBlock(), {}
             for name, stage in stages_of(work.recipe).items():
@@ -199,18 +203,42 @@ def _compress_blocks(work: Work, shards: list[Path], names: list[list[str]]) -> 
             block.advance(inputs, work.batch, work.device)
 
 
-def _gradient_squares(work: Work) -> dict[str, torch.Tensor]:
+def _squares(work: Work) -> dict[str, Squares]:
     """Those of all linears, where the mask depends on them."""
     if not work.recipe.compares_rows_by_gradients:
         return {}
-    path = work.folder / "gradients.safetensors"
+    path = work.folder / "squares.safetensors"
+    names = [name for block in work.linears() for name in block]
     if not path.exists():
         prefixes = [f"{work.family.blocks}.{index}." for index in range(len(work.linears()))]
         linears = [{n.removeprefix(p): n for n in names} for p, names in zip(prefixes, work.linears(), strict=True)]
         windows = work.calibration[:: -(-len(work.calibration) // WINDOWS)]
         with reproducible(work.device):
-            write_tensors(path, gradient_squares(work.stream(), windows, linears, work.allocate))
-    return {name: tensor.to(work.device) for name, tensor in load_file(path).items()}
+            found = mean_squares(work.stream(), windows, linears, work.allocate)
+        write_tensors(path, {f"{n}.{kind}": t for n, each in found.items() for kind, t in each._asdict().items()})
+    tensors = {name: tensor.to(work.device) for name, tensor in load_file(path).items()}
+    return {name: Squares(*(tensors[f"{name}.{kind}"] for kind in Squares._fields)) for name in names}
+
+
+def _densities(work: Work, squares: dict[str, Squares]) -> dict[str, float]:
+    """Of the linears that share a budget: each has the density that one mask for all of them would leave it."""
+    path = work.folder / "densities.json"
+    if not path.exists():
+        budgets: dict[int, list[str]] = {}
+        for name in squares:
+            if work.recipe.shares_budget(name):
+                budgets.setdefault(work.recipe.group_size_of(name), []).append(name)
+
+        def importance(name: str, size: int) -> torch.Tensor:
+            weight = work.model.tensor(f"{name}.weight").to(work.device, torch.float32)
+            return curvature_importance(weight, *squares[name], size)
+
+        densities: dict[str, float] = {}
+        for size, names in budgets.items():
+            importances = (importance(name, size) for name in names)
+            densities |= zip(names, share_budget(importances, work.recipe.sparsity, FLOOR), strict=True)
+        write_json(path, densities)
+    return cast("dict[str, float]", read_json(path))
 
 
 def _train(work: Work, name: str, names: list[list[str]], before: list[Path] | None, after: list[Path]) -> None:

@@ -7,14 +7,13 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from vllm_gqsa.format import GroupSparseMatrix, choose_grid, decode_scale_zero, round_scale, unpack_nibbles
+from vllm_gqsa.offline.importance import curvature_importance
 from vllm_gqsa.offline.mask import choose_groups
 
 __all__ = ["GroupSparseLinear", "MaskedLinear", "TrainedLinear", "fake_quantize"]
 
 _ZERO_RANGE = 15.0
 """Zero points are learnt as shares of it."""
-_UNSEEN = 1e-15
-"""Mean square of inputs and gradients that were never seen."""
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -244,15 +243,8 @@ class MaskedLinear(nn.Module):
 
     @torch.no_grad()
     def importance(self) -> torch.Tensor:
-        """How much the loss would rise without a group, float32 ``[out_features, groups]``, up to a common factor.
-
-        To second order that is half the sum of w^2 times the diagonal of the loss's Hessian, and this diagonal is taken
-        for the product of the two mean squares (the diagonal of K-FAC, arXiv 1503.05671).
-        """
-        # An expert that was never chosen has seen nothing: its weights count alike, and for less than all others.
-        inputs, gradients = (s if s.any() else torch.full_like(s, _UNSEEN) for s in self.squares())
-        curvature = gradients[:, None] * inputs
-        return (self.weight.square() * curvature).view(self._shape).sum(-1)
+        """Of each group, float32 ``[out_features, groups]``; see :func:`curvature_importance`."""
+        return curvature_importance(self.weight, *self.squares(), self._shape[2])
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """``[..., in_features]`` to ``[..., out_features]``."""

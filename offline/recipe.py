@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serial
 
 from vllm_gqsa.format import GROUP_SIZES, HEAD, check_ignore, is_ignored, parse_pattern
 from vllm_gqsa.offline.errors import InputError
+from vllm_gqsa.offline.mask import FLOOR
 
 __all__ = [
     "NAMED",
@@ -100,7 +101,7 @@ class GradualPruning(WholeModel):
     """Share of the steps in which the share of pruned groups rises."""
     interval: int = Field(default=4, ge=1)
     """Steps between two choices."""
-    floor: float = Field(default=0.4, gt=0, le=1)
+    floor: float = Field(default=FLOOR, gt=0, le=1)
     """With pattern ``model``: share of the mean density that each linear keeps at least."""
 
 
@@ -164,11 +165,11 @@ class Recipe(BaseModel):
     """Input features a group; one of 8, 16, 32, 64, 128."""
     pattern: str = "row"
     """Scope of the mask: ``row`` (every row keeps the same number), ``matrix``, ``model`` (one budget for all linears
-    of a group size but those that have a sparsity of their own; with ``prune`` only), or ``n:m`` (n of m adjacent
-    groups)."""
+    of a group size but those that have a sparsity of their own; with ``prune``, or with importance ``kfac``), or
+    ``n:m`` (n of m adjacent groups)."""
     importance: Importance = "obs"
-    """Formula of a group's importance, see :mod:`vllm_gqsa.offline.importance`; ``kfac`` is ``obs`` but with pattern
-    ``matrix``. ``prune`` has its own."""
+    """Formula of a group's importance, see :mod:`vllm_gqsa.offline.importance`; ``kfac`` is ``obs`` but with patterns
+    ``matrix`` and ``model``. ``prune`` has its own."""
     compensate: bool = True
     """Whether later weights take up the error of earlier ones (GPTQ / SparseGPT order), or are rounded as they are."""
     damping: float = Field(default=0.01, gt=0)
@@ -205,7 +206,7 @@ class Recipe(BaseModel):
     @property
     def compares_rows_by_gradients(self) -> bool:
         """Whether the mask depends on gradients of the dense model's loss."""
-        return self.importance == "kfac" and self.pattern == "matrix" and self.prune is None
+        return self.importance == "kfac" and self.pattern in ("matrix", "model") and self.prune is None
 
     def sparsity_of(self, name: str) -> float:
         """Share of groups to prune in the linear ``name`` (the head has its own, see :meth:`for_head`)."""
@@ -229,8 +230,10 @@ class Recipe(BaseModel):
         return tuple(dict.fromkeys((HEAD, *self.ignore))) if self.lm_head is None else self.ignore
 
     def for_linear(self, name: str) -> "Recipe":
-        """The recipe of one linear, its overrides applied."""
-        return self.model_copy(update={"sparsity": self.sparsity_of(name), "group_size": self.group_size_of(name)})
+        """The recipe of one linear, its overrides applied; in place of the model its scope is the matrix."""
+        pattern = "matrix" if self.pattern == "model" else self.pattern
+        changes = {"sparsity": self.sparsity_of(name), "group_size": self.group_size_of(name), "pattern": pattern}
+        return self.model_copy(update=changes)
 
     def for_head(self, name: str) -> "Recipe":
         """The recipe of the head alone. An ``n:m`` pattern prunes a fixed share, so the head's scope is the row then;
@@ -276,8 +279,11 @@ class Recipe(BaseModel):
                         f"{name} {value} has no effect with prune, which chooses and trains by rules of its own; leave "
                         "it out, or choose a recipe without prune, such as one-shot or blockwise"
                     )
-        if self.prune is None and self.pattern == "model":
-            raise ValueError("pattern model needs the stage prune, which compares all linears; choose row or matrix")
+        if self.prune is None and self.pattern == "model" and self.importance != "kfac":
+            raise ValueError(
+                "pattern model compares all linears, which takes the stage prune or importance kfac; give one of them, "
+                "or choose row or matrix"
+            )
         if ":" in self.pattern and any(o.sparsity is not None for o in self.overrides.values()):
             raise ValueError(
                 f"pattern {self.pattern} prunes the same share everywhere; leave out sparsities of overrides"

@@ -37,14 +37,22 @@ def one_shot(context: BlockContext, _state: CompressedBlock) -> CompressedBlock:
             inverse = InverseHessian.of(hessian, context.recipe.damping)
             for name in group:
                 weight: torch.Tensor = context.block.module.get_submodule(context.local[name]).weight  # type: ignore[assignment]
-                recipe, gradient_square = context.recipe.for_linear(name), context.gradient_squares.get(name)
-                state.matrices[name] = sparsify(weight, inverse, recipe, gradient_square)
+                recipe = context.recipe.for_linear(name)
+                if name in context.densities:
+                    recipe = recipe.model_copy(update={"sparsity": 1 - context.densities[name]})
+                state.matrices[name] = sparsify(weight, inverse, recipe, _gradients(context, name))
                 modules[name] = _output_error(weight, state.matrices[name].to_dense().to(weight.device), hessian)
                 context.step(1)
         except ValueError as error:
             raise InputError(f"{name}: {error}") from error
     context.facts["modules"] = modules
     return state
+
+
+def _gradients(context: BlockContext, name: str) -> torch.Tensor | None:
+    """What a linear's rows are compared by; None where they are not, or no token came by: then all rows count alike."""
+    squares = context.squares.get(name)
+    return squares.gradients if squares is not None and squares.gradients.any() else None
 
 
 def _output_error(weight: torch.Tensor, compressed: torch.Tensor, hessian: torch.Tensor) -> float:

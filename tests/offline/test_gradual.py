@@ -221,7 +221,7 @@ def test_recomputing_blocks_changes_nothing(dense, text, tmp_path, family):
 @pytest.mark.parametrize(("settings", "says"), [
     ({"bqpo": {"epochs": 1}}, "takes the place of one-shot pruning and bqpo"),
     ({"pattern": "2:4"}, "which pattern 2:4 cannot; choose row, matrix or model"),
-    ({"pattern": "model", "prune": None}, "pattern model needs the stage prune"),
+    ({"pattern": "model", "prune": None}, "pattern model compares all linears, which takes"),
     ({"pattern": "1:2", "prune": None, "overrides": {"a": 0.5}}, "pattern 1:2 prunes the same share everywhere"),
     ({"overrides": {"re:(": 0.5}}, r"overrides 're:\(' is not a regular expression"),
     ({"prune": {"tokens": 10, "ramp": 1.0}}, "less than 1"),

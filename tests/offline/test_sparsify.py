@@ -6,7 +6,7 @@ import torch
 from vllm_gqsa.format import GroupSparseMatrix, quantize_groups
 from vllm_gqsa.offline import sparsify as module
 from vllm_gqsa.offline.importance import HessianSum, InverseHessian, group_importance
-from vllm_gqsa.offline.mask import choose_across, choose_groups
+from vllm_gqsa.offline.mask import choose_across, choose_groups, share_budget
 from vllm_gqsa.offline.recipe import Recipe
 from vllm_gqsa.offline.sparsify import compensated, sparsify
 
@@ -134,6 +134,19 @@ def test_one_budget_for_several_matrices():
         assert score[mask].min() > score[~mask].max()
     dropped = max(float(score[~mask].max()) for score, mask in zip(scores[1:], masks[1:], strict=True))
     assert dropped < min(float(score[mask].min()) for score, mask in zip(scores[1:], masks[1:], strict=True))
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.2, 0.5, 0.9])
+def test_shares_of_one_budget_are_what_its_masks_keep(sparsity):
+    generator = torch.Generator().manual_seed(0)
+    scores = [10.0**e * torch.rand(n, 64, generator=generator) ** 4 for e, n in ((-20, 9), (-12, 40), (-12.5, 77))]
+    scores.append(torch.zeros(3, 64))  # of an expert that was never chosen
+    shares = share_budget(iter(scores), sparsity, floor=0.4)
+    masks = choose_across(scores, sparsity, floor=0.4)
+    for share, mask in zip(shares, masks, strict=True):
+        assert abs(share - float(mask.float().mean())) < 0.01
+    total = sum(share * score.numel() for share, score in zip(shares, scores, strict=True))
+    assert total == pytest.approx((1 - sparsity) * sum(score.numel() for score in scores))
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 1.0])
