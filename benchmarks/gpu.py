@@ -31,7 +31,8 @@ CPU_LIBRARY = "vllm_gqsa/kernels/_cpu.so"
 NEEDED = ("torch", "numpy", "pydantic", "re2", "safetensors", "pytest", "hypothesis", "filelock", "setuptools")
 SELECTION = (
     "(test_kernels and 16 and dtype0) or (test_uneven_rows and 16) or test_columns_beyond_the_window or "
-    "test_other_tokens_change_no_bit or test_division_by_rows or (test_embedding and 16)"
+    "test_a_gap_wider_than_the_window or test_other_tokens_change_no_bit or test_division_by_rows or "
+    "(test_embedding and 16)"
 )
 """Tests for the sanitizers, which slow everything down: every kernel, groups that span records, and split sums."""
 PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "tests/cuda")

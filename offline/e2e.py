@@ -234,14 +234,12 @@ class _Pruning:
     def _choose(self, progress: float) -> None:
         recipe = self._job.recipe
         assert recipe.prune is not None
-        budgets: dict[int, list[MaskedLinear]] = {}
         for name, linear in self._linears.items():
-            if recipe.shares_budget(name):
-                budgets.setdefault(recipe.group_size_of(name), []).append(linear)
-            else:
-                pattern = "matrix" if recipe.pattern == "model" else recipe.pattern
-                linear.prune(recipe.sparsity_of(name) * progress, pattern)
-        for linears in budgets.values():
+            if not recipe.shares_budget(name):
+                own = recipe.for_linear(name)
+                linear.prune(own.sparsity * progress, own.pattern)
+        for names in recipe.budgets(self._linears):
+            linears = [self._linears[name] for name in names]
             importances = [linear.importance() for linear in linears]
             masks = choose_across(importances, recipe.sparsity * progress, recipe.prune.floor)
             for linear, keep in zip(linears, masks, strict=True):

@@ -81,8 +81,8 @@ def share_budget(importances: Iterable[torch.Tensor], sparsity: float, floor: fl
 
 
 def _histogram(importance: torch.Tensor) -> torch.Tensor:
-    """Numbers of groups, from the most important to the least."""
-    place = (_OCTAVES / 2 - importance.flatten().log2()).mul(_FINE).clamp(0, _OCTAVES * _FINE - 1)
+    """Numbers of groups, from the most important to the least; what is not finite is refused where it is compressed."""
+    place = (_OCTAVES / 2 - importance.flatten().nan_to_num().log2()).mul(_FINE).clamp(0, _OCTAVES * _FINE - 1)
     return place.long().bincount(minlength=_OCTAVES * _FINE).cpu()
 
 

@@ -207,36 +207,34 @@ def _squares(work: Work) -> dict[str, Squares]:
     """Those of all linears, where the mask depends on them."""
     if not work.recipe.compares_rows_by_gradients:
         return {}
-    path = work.folder / "squares.safetensors"
-    names = [name for block in work.linears() for name in block]
+    path, blocks = work.folder / "squares.safetensors", work.linears()
     if not path.exists():
-        prefixes = [f"{work.family.blocks}.{index}." for index in range(len(work.linears()))]
-        linears = [{n.removeprefix(p): n for n in names} for p, names in zip(prefixes, work.linears(), strict=True)]
+        prefixes = [f"{work.family.blocks}.{index}." for index in range(len(blocks))]
+        linears = [{n.removeprefix(p): n for n in names} for p, names in zip(prefixes, blocks, strict=True)]
         windows = work.calibration[:: -(-len(work.calibration) // WINDOWS)]
         with reproducible(work.device):
             found = mean_squares(work.stream(), windows, linears, work.allocate)
         write_tensors(path, {f"{n}.{kind}": t for n, each in found.items() for kind, t in each._asdict().items()})
     tensors = {name: tensor.to(work.device) for name, tensor in load_file(path).items()}
+    names = [name for block in blocks for name in block]
     return {name: Squares(*(tensors[f"{name}.{kind}"] for kind in Squares._fields)) for name in names}
 
 
 def _densities(work: Work, squares: dict[str, Squares]) -> dict[str, float]:
     """Of the linears that share a budget: each has the density that one mask for all of them would leave it."""
+    if work.recipe.pattern != "model":
+        return {}
     path = work.folder / "densities.json"
     if not path.exists():
-        budgets: dict[int, list[str]] = {}
-        for name in squares:
-            if work.recipe.shares_budget(name):
-                budgets.setdefault(work.recipe.group_size_of(name), []).append(name)
 
-        def importance(name: str, size: int) -> torch.Tensor:
+        def importance(name: str) -> torch.Tensor:
             weight = work.model.tensor(f"{name}.weight").to(work.device, torch.float32)
-            return curvature_importance(weight, *squares[name], size)
+            return curvature_importance(weight, *squares[name], work.recipe.group_size_of(name))
 
         densities: dict[str, float] = {}
-        for size, names in budgets.items():
-            importances = (importance(name, size) for name in names)
-            densities |= zip(names, share_budget(importances, work.recipe.sparsity, FLOOR), strict=True)
+        for names in work.recipe.budgets(squares):
+            shares = share_budget(map(importance, names), work.recipe.sparsity, FLOOR)
+            densities |= zip(names, shares, strict=True)
         write_json(path, densities)
     return cast("dict[str, float]", read_json(path))
 

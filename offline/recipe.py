@@ -1,6 +1,6 @@
 """What is done to the weights: every choice that changes the result stands here."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -216,6 +216,13 @@ class Recipe(BaseModel):
     def shares_budget(self, name: str) -> bool:
         """Whether the linear ``name`` is pruned by a budget that it shares with others."""
         return self.pattern == "model" and all(each.sparsity is None for each in self._overrides_of(name))
+
+    def budgets(self, names: Iterable[str]) -> list[list[str]]:
+        """Those of the linears that share a budget, for each budget."""
+        found: dict[int, list[str]] = {}
+        for name in filter(self.shares_budget, names):
+            found.setdefault(self.group_size_of(name), []).append(name)
+        return list(found.values())
 
     def group_size_of(self, name: str) -> int:
         """Input features a group of the linear ``name``, or of the head's matrix."""

@@ -72,6 +72,7 @@ def methods(budget: Budget) -> list[Method]:
     blockwise = ours(importance="kfac", bqpo=BlockTraining())
     alike, oqp = BlockTraining(last_block="output"), EndToEnd(tokens=max(1, budget.tokens // 4), batch=1)
     on_text = oqp.model_copy(update={"loss": "ce"})
+    whole = ours(pattern="model", importance="kfac")
     scopes, shares = ("row", "2:4"), (50, 20, 30, 40)
     formulas = ("kfac", "wanda", "block-obs")
     main = ("main",)
@@ -106,6 +107,10 @@ def methods(budget: Budget) -> list[Method]:
         *(Method(f"W4S50 {p} scope", ("scope",), ours(**trained | {"pattern": p})) for p in ("matrix", "row")),
         *(Method(f"W4S50 {p} one-shot + distillation", ("scope",), rival.changed({"pattern": p})) for p in scopes),
         *(Method(f"W4S50 one-shot, {i}", ("importance",), ours(importance=i)) for i in formulas),
+        *(
+            Method(f"W4S{p} one-shot, one budget", ("importance",), whole.changed({"sparsity": p / 100}))
+            for p in (50, 20)
+        ),
     ]
 
 

@@ -1,15 +1,18 @@
 """Gradients block by block are those of the whole model."""
 
 import itertools
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.helpers import edit_tensors
 from tests.offline.test_pipeline import assert_same, compress_with_stops, job, silent
 from vllm_gqsa.format import CheckpointReader
 from vllm_gqsa.offline import passes
+from vllm_gqsa.offline.errors import InputError
 from vllm_gqsa.offline.families import family_of
 from vllm_gqsa.offline.gradients import Squares, mean_squares
 from vllm_gqsa.offline.importance import curvature_importance
@@ -96,6 +99,18 @@ def test_one_budget_for_all_linears(dense, text, tmp_path):
     assert len({round(float(k.float().mean()), 2) for k in kept.values()}) > 5
     for name, mask in zip(names, masks, strict=True):
         assert abs(float(kept[name].float().mean()) - float(mask.float().mean())) < 0.02, name
+
+
+@pytest.mark.parametrize("pattern", ["matrix", "model"])
+def test_a_weight_that_is_not_finite_is_named(dense, text, tmp_path, pattern):
+    name = "model.layers.1.mlp.up_proj.weight"
+    broken = shutil.copytree(dense("llama"), tmp_path / "broken")
+    weight = DenseModel(str(broken)).tensor(name).clone()
+    weight[3, 4] = float("nan")
+    edit_tensors(broken, **{name: weight})
+    recipe = Recipe(samples=8, context=48, precision="float32", pattern=pattern, importance="kfac")
+    with pytest.raises(InputError, match="model.layers.1.mlp.up_proj: the weight holds infinite or NaN values"):
+        compress(job(broken, text, tmp_path / "out", recipe), silent)
 
 
 @pytest.mark.parametrize("pattern", ["matrix", "model"])

@@ -271,7 +271,7 @@ def linear_cpu(
     bias = None if bias is None else bias.contiguous()
     tokens = flat.shape[0]
     chosen = kernel or choose_kernel(x.dtype, weight.group_size, os.environ.get("GQSA_CPU_ACT", ""))
-    invariant = kernel is not None or os.environ.get("VLLM_BATCH_INVARIANT") == "1"
+    invariant = kernel is not None or native.batch_invariant()
     if kept is None:
         kept = weight.scale_zero.shape[0] * weight.group_size / (rows * weight.in_features)
     if tokens * kept >= _dense_from(chosen, x.dtype) and not invariant:

@@ -7,7 +7,6 @@ Nothing here waits for the device, and nothing that is allocated depends on data
 import ctypes
 import functools
 import logging
-import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from pathlib import Path
 import torch
 
 from vllm_gqsa.format import GroupSparseMatrix
-from vllm_gqsa.kernels.native import open_library
+from vllm_gqsa.kernels.native import batch_invariant, open_library
 from vllm_gqsa.kernels.slab import MAX_GROUPS, MAX_ROWS, SlabMatrix
 
 __all__ = ["Device", "available", "choose_kernel", "device_of", "linear_cuda", "look_up", "usable"]
@@ -202,8 +201,7 @@ def linear_cuda(
         if x.dtype == torch.float32:
             kernel = "expand"
         elif kernel is None:
-            invariant = os.environ.get("VLLM_BATCH_INVARIANT") == "1"
-            kernel, step = choose_kernel(tokens, weight.in_features, device, invariant)
+            kernel, step = choose_kernel(tokens, weight.in_features, device, batch_invariant())
         with _current(x.device):
             if kernel == "expand":
                 _expand_and_multiply(flat, weight, bias, out)

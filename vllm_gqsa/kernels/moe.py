@@ -5,7 +5,6 @@ down projections stacked, ``[E * K, I]``. An expert is a range of rows. Importin
 """
 
 import functools
-import os
 from collections.abc import Callable, Iterator
 
 import torch
@@ -14,6 +13,7 @@ import torch.nn.functional as F
 from vllm_gqsa.kernels.cpu import PackedMatrix, linear_cpu
 from vllm_gqsa.kernels.embedding import embedding
 from vllm_gqsa.kernels.layouts import Matrix, check_use, layout_of, rebuild
+from vllm_gqsa.kernels.native import batch_invariant
 from vllm_gqsa.kernels.registry import register
 
 __all__ = ["ACTIVATIONS", "moe"]
@@ -57,8 +57,7 @@ def _moe(
     tokens, weights = x.reshape(-1, hidden), topk_weights.float()
     act = ACTIVATIONS[activation]
     may_wait = _host_may_wait(x.device)
-    invariant = os.environ.get("VLLM_BATCH_INVARIANT") == "1"
-    if not may_wait and not invariant and topk_ids.numel() <= experts:
+    if not may_wait and not batch_invariant() and topk_ids.numel() <= experts:
         out = _gathered(tokens, weights, topk_ids, first, second, act)
     else:
         out = torch.zeros(tokens.shape, dtype=torch.float32, device=x.device)

@@ -8,13 +8,14 @@ on torch's own threads, which vLLM binds to cores, through ``torch_parallel_for`
 import ctypes
 import functools
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["available", "library", "open_library", "parallel_for"]
+__all__ = ["available", "batch_invariant", "library", "open_library", "parallel_for"]
 
 Signatures = Mapping[str, tuple[Any, ...]]
 """Type of the result, then those of the arguments, by the name of a C function."""
@@ -75,3 +76,8 @@ def parallel_for() -> int | None:
         _logger.warning("torch %s has no torch_parallel_for: the CPU kernels run on one thread", torch.__version__)
         return None
     return ctypes.cast(function, ctypes.c_void_p).value
+
+
+def batch_invariant() -> bool:
+    """Whether a token's result must not depend on how many there are: vLLM's ``VLLM_BATCH_INVARIANT=1``."""
+    return os.environ.get("VLLM_BATCH_INVARIANT") == "1"
