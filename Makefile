@@ -38,10 +38,10 @@ gpu: ## Build, test and measure the CUDA kernels on this machine's GPU (10 minut
 	@PYTHONPATH=. $(PYTHON) -m benchmarks.gpu
 
 # For a GPU machine without a network, and with Python 3.12: run this elsewhere, and take build/gpu/site along.
-gpu-site: ## Fetch what `make gpu` needs beside torch, numpy and pytest into build/gpu/site
+gpu-site: ## Fetch what `make gpu` needs beside torch, transformers and pytest into build/gpu/site
 	$(PYTHON) -m pip install --quiet --no-compile --target build/gpu/site --upgrade --only-binary=:all: --implementation cp \
 		--python-version 3.12 --platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 \
-		pydantic google-re2 safetensors hypothesis filelock setuptools
+		pydantic google-re2 hypothesis
 
 fuzz: setup ## Spoil thousands of checkpoints and load them: SEED=0 CASES=5000
 	$(BIN)/python -m tests.fuzz $(if $(SEED),--seed $(SEED)) $(if $(CASES),--cases $(CASES))
