@@ -83,15 +83,14 @@ Pattern = Annotated[
     str | None,
     typer.Option(
         help="Scope of the mask: row (every row keeps the same number), matrix, model (with prune or importance kfac), "
-        "or n:m (n of m adjacent groups).  [quick, default, best: model; blockwise: "
-        "matrix; one-shot: row]"
+        "or n:m (n of m adjacent groups).  [named recipes: model, but blockwise: matrix]"
     ),
 ]
 ImportanceOption = Annotated[
     Importance | None,
     typer.Option(
         help="How a group's importance is computed from the Hessian; kfac: and from the loss's gradients, for patterns "
-        "matrix and model. Not with the stage prune (quick, default, best).  [blockwise: kfac; one-shot: obs]"
+        "matrix and model. Not with the stage prune (quick, default, best).  [one-shot, blockwise: kfac]"
     ),
 ]
 Compensate = Annotated[

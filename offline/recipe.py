@@ -348,7 +348,7 @@ def _first_error(error: ValidationError) -> str:
 
 
 NAMED: Mapping[str, Recipe] = {
-    "one-shot": Recipe(),
+    "one-shot": Recipe(pattern="model", importance="kfac"),
     "quick": Recipe(pattern="model", prune=GradualPruning(tokens=110_000, batch=1)),
     "default": Recipe(pattern="model", prune=GradualPruning(tokens=550_000, batch=1)),
     "best": Recipe(pattern="model", prune=GradualPruning(tokens=4_000_000, batch=2)),

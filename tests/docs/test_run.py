@@ -77,8 +77,9 @@ def models(short_recipes, tmp_path_factory):
     for text in (text for page in PAGES for text in code("yaml", page)):
         (folder / text.split()[1]).write_text(text)
     for name, importance in (("my-checkpoint", "obs"), ("my-checkpoint-2", "wanda")):
-        arguments = ("--calibration", str(folder / "my-text.txt"), "--recipe", "one-shot", "--importance", importance)
-        run("compress", str(folder / "my-model"), str(folder / name), *arguments)
+        arguments = ("--recipe", "one-shot", "--pattern", "row", "--importance", importance)
+        text = str(folder / "my-text.txt")
+        run("compress", str(folder / "my-model"), str(folder / name), "--calibration", text, *arguments)
     return folder
 
 

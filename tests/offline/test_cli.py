@@ -15,7 +15,7 @@ from tests.helpers import compress_randomly, make_dense
 from vllm_gqsa.offline.cli import app, main
 
 COMMANDS = ("compress", "estimate", "inspect", "verify", "eval")
-SMALL = ("--recipe", "one-shot", "--samples", "6", "--context", "48", "--eval-windows", "4")
+SMALL = ("--recipe", "one-shot", "--pattern", "row", "--samples", "6", "--context", "48", "--eval-windows", "4")
 
 
 def run(monkeypatch, capsys, *arguments):
@@ -178,7 +178,7 @@ def test_vllm_measures_the_perplexity_that_transformers_does(tmp_path, tokenizer
 
 
 def test_estimate_is_right_about_sizes(checkpoint, dense, monkeypatch, capsys):
-    code, out, _ = run(monkeypatch, capsys, "estimate", dense("llama"), *SMALL[:6], "--json")
+    code, out, _ = run(monkeypatch, capsys, "estimate", dense("llama"), *SMALL[:8], "--json")
     costs, report = json.loads(out), json.loads((checkpoint / "gqsa_report.json").read_text())
     assert code == 0
     assert costs["bits_per_weight"] == pytest.approx(report["bits_per_weight"])
@@ -191,7 +191,7 @@ def test_estimate_is_right_about_sizes(checkpoint, dense, monkeypatch, capsys):
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_estimate_is_right_about_a_compressed_head(dense, family, text, tmp_path, monkeypatch, capsys):
-    recipe = [*SMALL[:6], "--lm-head", "0", "--json"]
+    recipe = [*SMALL[:8], "--lm-head", "0", "--json"]
     _, costs, _ = run(monkeypatch, capsys, "estimate", dense(family), *recipe)
     arguments = [dense(family), tmp_path / "out", "--calibration", text, "--eval-windows", 2, *recipe]
     _, report, _ = run(monkeypatch, capsys, "compress", *arguments)
@@ -207,8 +207,8 @@ def test_estimate_counts_the_bytes_that_are_stored(dense, tmp_path, monkeypatch,
         (tmp_path / path.name).write_bytes(path.read_bytes())
     tensors = load_file(tmp_path / "model.safetensors")
     save_file({name: t.bfloat16() for name, t in tensors.items()}, tmp_path / "model.safetensors")
-    _, wide, _ = run(monkeypatch, capsys, "estimate", dense("llama"), *SMALL[:6], "--json")
-    _, narrow, _ = run(monkeypatch, capsys, "estimate", tmp_path, *SMALL[:6], "--json")
+    _, wide, _ = run(monkeypatch, capsys, "estimate", dense("llama"), *SMALL[:8], "--json")
+    _, narrow, _ = run(monkeypatch, capsys, "estimate", tmp_path, *SMALL[:8], "--json")
     wide, narrow = json.loads(wide), json.loads(narrow)
     outside = wide["dense_bytes"] - 4 * wide["compressed_weights"]
     assert narrow["output_bytes"] == pytest.approx(wide["output_bytes"] - outside / 2, abs=20_000)
