@@ -29,6 +29,8 @@ __all__ = ["Bench", "Measured", "Score"]
 
 Say = Callable[[str], None]
 
+MINUTES = "minutes.json"
+
 
 @dataclass(frozen=True)
 class Score:
@@ -104,7 +106,7 @@ class Bench:
         model, bits = self._make(method, place)
         facts = {
             "method": method.name, "tables": list(method.tables), "bits_per_weight": bits,
-            "tokens_trained": method.tokens, "minutes": _minutes(place),
+            "tokens_trained": method.tokens, "minutes": _minutes(self._clocked(method, place)),
             "calibration": None if model == self.model else self.digest,
             "machine": torch.cuda.get_device_name() if self.device.startswith("cuda") else processor(),
         }  # fmt: skip
@@ -124,7 +126,7 @@ class Bench:
             assert method.recipe is not None
             return self._ours(method.recipe, place)
         spec = peers.PEERS[method.peer]
-        begin = self._peer(method.peer, place)
+        begin = self._peer(method.peer)
         if method.recipe is None:
             return begin, spec.bits_per_weight
         output = place / "model"
@@ -132,7 +134,7 @@ class Bench:
             windows = self._windows(method.recipe)[1]
             unfinished = place / "model.partial"
             folders = self.model, begin, unfinished
-            with _clock(place):
+            with _clock(place / MINUTES):
                 train_rival(spec, folders, method.recipe, windows, self.device, self._progress("training"))
             unfinished.rename(output)
         return output, spec.bits_per_weight
@@ -142,7 +144,7 @@ class Bench:
         if not (output / "config.json").exists():
             file.write_text(recipe.to_yaml(), "utf-8")
             # The perplexity for the card is not what is reported here, so it is measured on little.
-            with _clock(place):
+            with _clock(place / MINUTES):
                 _gqsa(
                     "compress", str(self.model), str(output), "--recipe", str(file),
                     "--calibration", str(self.calibration), "--eval-windows", "2", "--device", self.device,
@@ -151,7 +153,7 @@ class Bench:
             raise BenchmarkError(f"{output} was made by another recipe; remove {place} to make it again")
         return output, float(_gqsa_json("inspect", str(output))["bits_per_weight"])
 
-    def _peer(self, name: str, place: Path) -> Path:
+    def _peer(self, name: str) -> Path:
         """The folder a peer leaves; several rows may begin with it."""
         output = self.folder / "peers" / name
         if not (output / "config.json").exists():
@@ -161,10 +163,17 @@ class Bench:
             python = peers.install(self.folder / "peers-venv", self.say)
             unfinished = output.with_name(f"{name}.partial")
             shutil.rmtree(unfinished, ignore_errors=True)
-            with _clock(place):
+            with _clock(self._peer_clock(name)):
                 peers.compress(python, name, self.model, windows, unfinished)
             unfinished.rename(output)
         return output
+
+    def _peer_clock(self, name: str) -> Path:
+        return self.folder / "peers" / f"{name}.{MINUTES}"
+
+    def _clocked(self, method: Method, place: Path) -> Path:
+        """Where it stands how long the model took; the training alone, where it begins with a peer's."""
+        return self._peer_clock(method.peer) if method.peer and method.recipe is None else place / MINUTES
 
     def _windows(self, recipe: Recipe) -> tuple[torch.Tensor, torch.Tensor]:
         """Windows to calibrate on and to train on, as `gqsa compress` would choose them."""
@@ -207,17 +216,16 @@ class Bench:
 
 
 @contextmanager
-def _clock(place: Path) -> Iterator[None]:
+def _clock(path: Path) -> Iterator[None]:
     """Adds the minutes to those of earlier attempts."""
     start = time.monotonic()
     try:
         yield
     finally:
-        write_json(place / "minutes.json", {"minutes": _minutes(place) + (time.monotonic() - start) / 60})
+        write_json(path, {"minutes": _minutes(path) + (time.monotonic() - start) / 60})
 
 
-def _minutes(place: Path) -> float:
-    path = place / "minutes.json"
+def _minutes(path: Path) -> float:
     return float(json.loads(path.read_text("utf-8"))["minutes"]) if path.exists() else 0.0
 
 

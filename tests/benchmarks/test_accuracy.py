@@ -112,6 +112,17 @@ def run(dense, text, tmp_path, monkeypatch):  # noqa: F811
     return run
 
 
+def test_minutes_of_a_peer_are_its_own_whichever_row_made_it(run):
+    for only in (r"W3 g64 \+ distillation", r"GPTQ W3 g64"):
+        status, document = run(only)
+        assert status == 0
+    minutes = {row["method"]: row["minutes"] for row in document["rows"]}
+    folder = run.folder / "models"
+    assert 0 < minutes["GPTQ W3 g64"] == json.loads((folder / "peers" / "gptq-w3.minutes.json").read_text())["minutes"]
+    trained = json.loads((folder / "w3-g64-distillation" / "minutes.json").read_text())["minutes"]
+    assert 0 < minutes["W3 g64 + distillation"] == trained
+
+
 def test_the_whole_command(run, capsys):
     only = r"dense|W4S50 G16|GPTQ W3 g64|W3 g64 \+ distillation"
     status, document = run(only)
