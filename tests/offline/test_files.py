@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from tests.offline.test_pipeline import RECIPE, job, silent
+from tests.offline.test_pipeline import job, silent
 from vllm_gqsa.offline.errors import InputError
 from vllm_gqsa.offline.files import write_atomically, write_json, write_tensors
 from vllm_gqsa.offline.pipeline import compress
@@ -37,4 +37,4 @@ def test_a_full_disk_is_noticed_before_hidden_states_are_mapped(dense, text, tmp
         compress(job(dense("llama"), text, output, memory=0), silent)
     assert not list((output / "gqsa_work").glob(".partial*"))
     monkeypatch.undo()
-    assert compress(job(dense("llama"), text, output, memory=0), silent)["sparsity"] == RECIPE.sparsity
+    assert compress(job(dense("llama"), text, output, memory=0), silent)["modules"] == 21
