@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -100,9 +101,13 @@ def _recipe(name: str, **settings: Any) -> Recipe:  # noqa: ANN401
     return recipe.changed(given)
 
 
+_SILENCE = 60
+"""Seconds."""
+
+
 @contextmanager
 def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar for every phase, with the time left, on stderr."""
+    """A bar for every phase, with the time left, on stderr; into a file a line each tenth, and each minute."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -113,13 +118,17 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
     )
     with Progress(*columns, console=_err) as bars:
         tasks: dict[str, TaskID] = {}
+        said = time.monotonic()
 
         def report(phase: str, done: int, total: int) -> None:
+            nonlocal said
             if phase not in tasks:
                 tasks[phase] = bars.add_task(escape(phase), total=total)
             bars.update(tasks[phase], completed=done)
-            if not _err.is_terminal and (done == total or done % max(1, total // 10) == 0):
+            due = done == total or done % max(1, total // 10) == 0 or time.monotonic() - said > _SILENCE
+            if not _err.is_terminal and due:
                 _err.print(escape(f"{phase}: {done} of {total}"))
+                said = time.monotonic()
 
         yield report
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from tests.helpers import compress_randomly, make_dense
+from vllm_gqsa.offline import cli
 from vllm_gqsa.offline.cli import app, main
 
 COMMANDS = ("compress", "estimate", "inspect", "verify", "eval")
@@ -247,3 +248,13 @@ def test_mistakes_get_one_sentence_and_exit_code_2(arguments, says, dense, text,
     assert says in " ".join(err.split())
     assert "Traceback" not in err
     assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(("silence", "lines"), [(60, ["0", "2", "4", "20"]), (-1, ["0", "1", "2", "3", "4", "20"])])
+def test_a_log_gets_a_line_each_tenth_and_whenever_it_was_silent_for_long(silence, lines, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "_SILENCE", silence)
+    with cli._progress() as report:
+        for done in (0, 1, 2, 3, 4, 20):
+            report("prune", done, 20)
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("prune: ")]
+    assert said == [f"prune: {done} of 20" for done in lines]
