@@ -64,6 +64,8 @@ app = typer.Typer(
 # What a program may read goes to stdout, everything else to stderr.
 _out = Console()
 _err = Console(stderr=True)
+_SILENCE = 60
+"""Seconds after which a log gets a line again, though no tenth is done."""
 
 
 def main() -> None:
@@ -99,10 +101,6 @@ def _recipe(name: str, **settings: Any) -> Recipe:  # noqa: ANN401
             raise InputError(str(error)) from error
         given["sparsity"] = 1 - n / m
     return recipe.changed(given)
-
-
-_SILENCE = 60
-"""Seconds."""
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from tests.offline.test_pipeline import job, silent
+from tests.offline.test_pipeline import RECIPE, job, silent
 from vllm_gqsa.offline.errors import InputError
 from vllm_gqsa.offline.files import write_atomically, write_json, write_tensors
 from vllm_gqsa.offline.pipeline import compress
@@ -32,9 +32,9 @@ def test_a_full_disk_is_noticed_before_hidden_states_are_mapped(dense, text, tmp
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    output = tmp_path / "out"
+    output, recipe = tmp_path / "out", RECIPE.changed({"pattern": "row"})
     with pytest.raises(InputError, match=r"no room for 0.0 GB of hidden states \(No space left on device\)"):
-        compress(job(dense("llama"), text, output, memory=0), silent)
+        compress(job(dense("llama"), text, output, recipe, memory=0), silent)
     assert not list((output / "gqsa_work").glob(".partial*"))
     monkeypatch.undo()
-    assert compress(job(dense("llama"), text, output, memory=0), silent)["modules"] == 21
+    assert compress(job(dense("llama"), text, output, recipe, memory=0), silent)["sparsity"] == recipe.sparsity

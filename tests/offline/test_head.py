@@ -22,7 +22,8 @@ from vllm_gqsa.offline.verify import compare, verify_checkpoint
 HEAD, TABLE = "lm_head", "model.embed_tokens"
 NAMES = {"llama": HEAD, "qwen2": TABLE}
 """In tests/offline/conftest.py Llama is untied and Qwen2 is tied."""
-HEAD_RECIPE = RECIPE.changed({"lm_head": 0.25})
+DENSE_HEAD = RECIPE.changed({"pattern": "row"})
+HEAD_RECIPE = DENSE_HEAD.changed({"lm_head": 0.25})
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -46,7 +47,7 @@ def test_the_dense_matrix_is_gone_and_everything_counts_the_compressed_one(finis
     assert reader.config.head == name
     assert not {f"{name}.weight", "lm_head.weight"} & set(reader.files.file_of)
     (module,) = [m for m in inspect_checkpoint(output).modules if m.name == name]
-    assert (module.out_features, module.in_features, module.nnz) == (300, 64, 3 * 300)
+    assert (module.out_features, module.in_features, module.row_nnz_min, module.row_nnz_max) == (300, 64, 3, 3)
     assert report["lm_head"] == {
         "name": name, "sparsity": 0.25, "bits_per_weight": pytest.approx(module.bits_per_weight)
     }  # fmt: skip
@@ -57,7 +58,7 @@ def test_the_dense_matrix_is_gone_and_everything_counts_the_compressed_one(finis
 
 def test_the_blocks_are_those_of_a_checkpoint_with_a_dense_head(finished, dense, text, tmp_path):
     family, output, report = finished
-    compress(job(dense(family), text, tmp_path / "out", RECIPE), silent)
+    compress(job(dense(family), text, tmp_path / "out", DENSE_HEAD), silent)
     ours, other = CheckpointReader(output), CheckpointReader(tmp_path / "out")
     assert other.config.ignore == (HEAD,)
     for name, file in other.files.file_of.items():

@@ -52,7 +52,7 @@ def finished(dense, text, tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("family", "pattern"),
-    [*((family, "model") for family in FAMILIES), ("llama", "row"), ("llama", "matrix"), ("opt", "1:2")],
+    [*((f, pattern) for f in FAMILIES for pattern in ("row", "model")), ("llama", "matrix"), ("opt", "1:2")],
 )
 def test_every_family_and_scope_gives_a_valid_checkpoint_that_computes_its_weights(
     dense, text, tmp_path, family, pattern
