@@ -351,7 +351,7 @@ NAMED: Mapping[str, Recipe] = {
     "one-shot": Recipe(pattern="model", importance="kfac"),
     "quick": Recipe(pattern="model", prune=GradualPruning(tokens=110_000, batch=1)),
     "default": Recipe(pattern="model", prune=GradualPruning(tokens=550_000, batch=1)),
-    "best": Recipe(pattern="model", prune=GradualPruning(tokens=4_000_000, batch=2)),
+    "best": Recipe(pattern="model", prune=GradualPruning(tokens=3_000_000, batch=2)),
     "blockwise": Recipe(pattern="matrix", importance="kfac", bqpo=BlockTraining()),
 }
 """Recipes by name. ``blockwise`` is for models too large to be trained as a whole."""
