@@ -87,10 +87,10 @@ def steps(python: str, sanitizer: str | None) -> list[list[Step]]:
         python: interpreter.
         sanitizer: compute-sanitizer, None where it was not found.
     """
-    check = Step("check", [python, "-c", _CHECK.format(needed=NEEDED)], 120, gate=True)
+    check = Step("check", [python, "-c", _CHECK.format(needed=NEEDED)], 60, gate=True)
     # What is there may be older, or for another GPU.
     built = (CUDA_LIBRARY, CPU_LIBRARY)
-    build = Step("build", [python, "setup.py", "build_ext", "--inplace"], 200, makes=built, gate=True)
+    build = Step("build", [python, "setup.py", "build_ext", "--inplace"], 140, makes=built, gate=True)
     tests = [Step("test", [python, *PYTEST], 200)]
     for tool in ("memcheck", "racecheck", "synccheck"):
         if sanitizer is None:

@@ -15,6 +15,7 @@ from typer.main import get_command
 from benchmarks.accuracy import __main__ as accuracy
 from tests.docs.pages import PAGES, ROOT, code, commands, inline_code, links
 from vllm_gqsa.offline.cli import app
+from vllm_gqsa.offline.recipe import NAMED
 
 COMMANDS = [command for page in PAGES for command in commands(page)]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
@@ -131,6 +132,15 @@ def test_links_lead_somewhere(page):
 def test_the_index_names_every_page():
     index = ROOT / "docs" / "README.md"
     assert {page.name for page in (ROOT / "docs").glob("*.md")} - {index.name} <= set(links(index))
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_recipes_are_as_the_page_says(name):
+    page = (ROOT / "docs" / "compress.md").read_text("utf-8")
+    (row,) = re.findall(rf"^\| `{name}` \| (.*)", page, re.MULTILINE)
+    assert ("`bqpo`" in row) == (NAMED[name].bqpo is not None)
+    for stage, settings in NAMED[name].whole_model_stages().items():
+        assert f"`{stage}` on {settings.tokens / 1e6:g} million tokens" in row
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
