@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from functools import cache
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vllm_gqsa.offline.recipe import Precision
 
@@ -20,8 +21,10 @@ def resolve_precision(wanted: Precision, device: torch.device) -> str:
     if wanted != "auto":
         return wanted
     if device.type == "cpu":
-        return "bfloat16" if torch.cpu._is_avx512_bf16_supported() else "float32"
-    return "bfloat16"
+        fast = torch.cpu._is_avx512_bf16_supported()
+    else:  # what a GPU would need can be asked without one
+        fast = not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bfloat16" if fast else "float32"
 
 
 @contextmanager
@@ -33,13 +36,21 @@ def mixed(precision: str, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def reproducible(device: torch.device) -> Iterator[None]:
-    """The same numbers in the same order give the same bits; on CUDA it costs some speed."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(device.type != "cpu", warn_only=True)
-    try:
+    """The same numbers in the same order give the same bits; on CUDA it costs some speed and memory.
+
+    Operations that torch has no such algorithm for warn, since mixtures of experts count their tokens by one that is
+    exact all the same. Attention kernels take no heed of that setting while it only warns, so plain products do.
+    """
+    if device.type == "cpu":
         yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 @contextmanager

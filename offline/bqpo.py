@@ -29,6 +29,9 @@ def bqpo(context: BlockContext, state: CompressedBlock) -> CompressedBlock:
     settings = context.recipe.bqpo
     if settings is None:
         raise ValueError("the recipe has no bqpo")
+    if not state.matrices:  # every linear of the block is left dense
+        context.step(settings.epochs)
+        return state
     module = context.block.module
     dense = {local: module.get_submodule(local) for local in context.local.values()}
     linears = {

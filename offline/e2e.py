@@ -6,6 +6,7 @@ bytes. Under ``torchrun`` several processes share the windows of each step, see 
 """
 
 import functools
+import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,6 +38,8 @@ __all__ = ["SAVE_SECONDS", "EndToEndJob", "train_end_to_end"]
 
 SAVE_SECONDS = 300.0
 """Time between two saves of the state of the training."""
+_LONG_SAVE = 15.0
+"""Seconds; of a save that takes longer, the next comes later by as many times."""
 _JUDGES = 8
 """At most this many windows judge the model before and after."""
 _OBSERVED = 16
@@ -110,6 +113,7 @@ def train_end_to_end(job: EndToEndJob) -> tuple[list[CompressedBlock], dict[str,
     Raises:
         InputError: the loss is not finite.
     """
+    gc.collect()  # the model of a stage before, which holds itself where its blocks are recomputed
     with reproducible(job.device):
         student = _Student(job)
         teacher = _teacher(job) if job.settings.loss == "kl" else None
@@ -336,7 +340,7 @@ def _train(job: EndToEndJob, student: _Student, teacher: nn.Module | None) -> di
     losses = _Losses(job, model, teacher)
     parallel.warm_up(model, lambda: losses.of(windows[:1], backward=True))
     state = _resume(job, student, optimizer, pruning) or {"step": 0, "curve": [], "before": losses.of(judges)}
-    saved = time.monotonic()
+    saved, pause = time.monotonic(), SAVE_SECONDS
     for step in range(state["step"], steps):
         pruning.before_step(step)
         start = job.first + step * job.settings.batch
@@ -346,9 +350,11 @@ def _train(job: EndToEndJob, student: _Student, teacher: nn.Module | None) -> di
         optimizer.step(step, loss, job.name)
         state["curve"].append(loss)
         state["step"] = step + 1
-        if parallel.is_first() and (time.monotonic() - saved >= SAVE_SECONDS or step + 1 == steps):
+        if parallel.is_first() and (time.monotonic() - saved >= pause or step + 1 == steps):
+            begun = time.monotonic()
             _save(job, student, optimizer, {**state, "pruning": pruning.state()})
             saved = time.monotonic()
+            pause = SAVE_SECONDS * max(1.0, (saved - begun) / _LONG_SAVE)
         job.progress(step + 1, steps)
     # What is judged is what will be stored; a run that had only the end left has no rounded weights yet.
     pruning.before_step(steps)

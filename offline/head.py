@@ -45,17 +45,17 @@ def find_head(model: DenseModel, family: Family, recipe: Recipe) -> str | None:
     """:func:`head_name`, after looking at what the files of the model say about it.
 
     Raises:
-        InputError: as above; or config.json ties the head to the embedding, and the files hold another one.
+        InputError: as above; or config.json ties the head to the embedding, and the files hold another one, which some
+            programs would use and others not.
     """
-    name = head_name(model.config, family, recipe)
-    if name in (None, HEAD) or f"{HEAD}.weight" not in model:
-        return name
-    if not torch.equal(model.tensor(f"{HEAD}.weight"), model.tensor(f"{name}.weight")):
+    embedding = family.embedding
+    tied = model.config.tie_word_embeddings and embedding is not None and f"{HEAD}.weight" in model
+    if tied and not torch.equal(model.tensor(f"{HEAD}.weight"), model.tensor(f"{embedding}.weight")):
         raise InputError(
-            f"{model.folder}: config.json ties {HEAD} to {name}, but {HEAD}.weight holds other values; set "
-            "tie_word_embeddings to false in it, or leave out --lm-head"
+            f"{model.folder}: config.json ties {HEAD} to {embedding}, but {HEAD}.weight holds other values; set "
+            "tie_word_embeddings to false in it"
         )
-    return name
+    return head_name(model.config, family, recipe)
 
 
 def compress_head(

@@ -154,7 +154,7 @@ def _check_ignore(family: Family, recipe: Recipe, blocks: int) -> None:
 def _check_overrides(recipe: Recipe, names: list[str], head: str | None) -> None:
     for entry, override in recipe.overrides.items():
         fits = [name for name in names if is_ignored(name, (entry,))]
-        if override.group_size is None and fits == [head]:
+        if override.sparsity is not None and fits == [head]:
             raise InputError(f"overrides {entry}: is the head, which has its sparsity from lm_head; give it there")
         if not fits:
             raise InputError(

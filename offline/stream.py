@@ -70,7 +70,7 @@ def load_weights(
 
     Raises:
         FormatError: a tensor is missing.
-        InputError: a tensor has another shape than the config says.
+        InputError: a tensor has another shape than the config says, or is not finite.
     """
     for name, child in list(module.named_modules()):
         if any(b.is_meta for b in child.buffers(recurse=False)):
@@ -87,6 +87,8 @@ def load_weights(
             raise InputError(
                 f"{prefix}{name} has shape {tuple(value.shape)}, config.json asks for {tuple(parameter.shape)}"
             )
+        if not torch.isfinite(value).all():
+            raise InputError(f"{prefix}{name} holds infinite or NaN values: the model is broken; fetch it again")
         owner, _, leaf = name.rpartition(".")
         # A copy: tensors read from a file share its memory, and stages write to the weights of a block.
         value = value.to(device, dtype, copy=True)

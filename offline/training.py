@@ -89,7 +89,7 @@ class Optimizer:
 
 def sample_order(count: int, epoch: int, seed: int) -> torch.Tensor:
     """A permutation of ``count`` windows, another one in each epoch."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
     return torch.randperm(count, generator=generator)
 
 

@@ -87,7 +87,7 @@ def plot(trained: dict[str, Any], path: Path) -> None:
     axes[0].set_ylim(bottom=0)
     axes[0].legend()
     for curve in curves:
-        axes[1].plot([loss / curve[0] for loss in curve], linewidth=0.8)
+        axes[1].plot([loss / (curve[0] or 1) for loss in curve], linewidth=0.8)
     if curves:
         axes[1].set(xlabel="epoch", ylabel="loss of a block, of that at first", title=_TITLES["bqpo"])
     for axis, name in zip(axes[count - len(ends) :], ends, strict=True):

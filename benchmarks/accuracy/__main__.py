@@ -10,6 +10,7 @@ import json
 import os
 import random
 import sys
+import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -99,12 +100,15 @@ def prepare(options: argparse.Namespace) -> tuple[Bench, str]:
     help_texts = folder / "help.txt", folder / "help-rest.txt"
     write_texts(*help_texts)
     calibration = folder / "calibration.jsonl"
-    _mix(options.calibration or [help_texts[0]], calibration)
-    digest = digest_files([calibration])
-    _same_as_before(folder / "asked.json", {
-        "budget": vars(options.budget), "calibration": digest,
-        "model": digest_files(sorted(model.glob("*.safetensors"))),
-    })  # fmt: skip
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        mixture = Path(place) / calibration.name
+        _mix(options.calibration or [help_texts[0]], mixture)
+        digest = digest_files([mixture])
+        _same_as_before(folder / "asked.json", {
+            "budget": vars(options.budget), "calibration": digest,
+            "model": digest_files(sorted(model.glob("*.safetensors"))),
+        })  # fmt: skip
+        mixture.replace(calibration)  # only now: another run may be reading it
     scores = tuple(
         Score(label, text, context, options.windows)
         for label, text in texts or [("help", help_texts[1])]

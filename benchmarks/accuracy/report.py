@@ -22,8 +22,8 @@ def markdown(document: Row) -> str:
     lines = [
         f"# Accuracy: {document['model']}",
         "",
-        f"Every method had {budget['samples']} windows of {budget['context']} tokens to calibrate on, the same ones, but "
-        "for the named recipes, which take as many as they say; "
+        f"Every method had {budget['samples']} windows of {budget['context']} tokens to calibrate on, the same ones, "
+        "but for the named recipes, which take as many as they say; "
         f"those that train end to end saw {budget['tokens']:,} tokens of the same text, or as many as their row says. "
         "Bits are those of the compressed linears, scales, zero points and indices included; head and embedding are "
         "dense in all rows. Minutes: to make the model, on the machine named in the JSON, whatever else ran on it; of "

@@ -104,11 +104,12 @@ class Bench:
         place.mkdir(parents=True, exist_ok=True)
         self.say(f"{method.name} ({place})")
         model, bits = self._make(method, place)
+        on_gpu = self.device.startswith("cuda") and not (method.peer and method.recipe is None)  # peers compute on CPUs
         facts = {
             "method": method.name, "tables": list(method.tables), "bits_per_weight": bits,
             "tokens_trained": method.tokens, "minutes": _minutes(self._clocked(method, place)),
             "calibration": None if model == self.model else self.digest,
-            "machine": torch.cuda.get_device_name() if self.device.startswith("cuda") else processor(),
+            "machine": torch.cuda.get_device_name() if on_gpu else processor(),
         }  # fmt: skip
         for score in self.scores:
             self._score(place, model, score)
@@ -163,6 +164,7 @@ class Bench:
             python = peers.install(self.folder / "peers-venv", self.say)
             unfinished = output.with_name(f"{name}.partial")
             shutil.rmtree(unfinished, ignore_errors=True)
+            self._peer_clock(name).unlink(missing_ok=True)  # it cannot go on where it was stopped
             with _clock(self._peer_clock(name)):
                 peers.compress(python, name, self.model, windows, unfinished)
             unfinished.rename(output)

@@ -152,9 +152,11 @@ def test_the_whole_command(run, capsys):
     recipe.write_text(recipe.read_text().replace("seed: 0", "seed: 1"))
     assert run("W4S50 G16")[0] == 1
     assert "was made by another recipe; remove" in capsys.readouterr().err
-    status, _ = run(only, "--tokens", "640")
-    assert status == 1
-    assert "holds models of another budget" in capsys.readouterr().err
+    made_of = (run.folder / "models" / "calibration.jsonl").read_text()
+    for asked in (("--tokens", "640"), ("--calibration", str(other))):
+        assert run(only, *asked)[0] == 1
+        assert "holds models of another budget" in capsys.readouterr().err
+    assert (run.folder / "models" / "calibration.jsonl").read_text() == made_of
 
 
 def test_tasks_and_dtype(run):

@@ -18,7 +18,7 @@ from vllm_gqsa.offline.gradients import Squares, mean_squares
 from vllm_gqsa.offline.importance import curvature_importance
 from vllm_gqsa.offline.mask import FLOOR, choose_across
 from vllm_gqsa.offline.pipeline import compress
-from vllm_gqsa.offline.recipe import Recipe
+from vllm_gqsa.offline.recipe import GradualPruning, Recipe
 from vllm_gqsa.offline.source import DenseModel
 from vllm_gqsa.offline.stream import ModelStream
 
@@ -101,15 +101,19 @@ def test_one_budget_for_all_linears(dense, text, tmp_path):
         assert abs(float(kept[name].float().mean()) - float(mask.float().mean())) < 0.02, name
 
 
-@pytest.mark.parametrize("pattern", ["matrix", "model"])
-def test_a_weight_that_is_not_finite_is_named(dense, text, tmp_path, pattern):
+@pytest.mark.parametrize("settings", [
+    {"pattern": "matrix", "importance": "kfac"},
+    {"pattern": "model", "importance": "kfac"},
+    {"pattern": "model", "prune": GradualPruning(tokens=96, batch=1)},
+])  # fmt: skip
+def test_a_weight_that_is_not_finite_is_named(dense, text, tmp_path, settings):
     name = "model.layers.1.mlp.up_proj.weight"
     broken = shutil.copytree(dense("llama"), tmp_path / "broken")
     weight = DenseModel(str(broken)).tensor(name).clone()
     weight[3, 4] = float("nan")
     edit_tensors(broken, **{name: weight})
-    recipe = Recipe(samples=8, context=48, precision="float32", pattern=pattern, importance="kfac")
-    with pytest.raises(InputError, match="model.layers.1.mlp.up_proj: the weight holds infinite or NaN values"):
+    recipe = Recipe(samples=8, context=48, precision="float32", **settings)
+    with pytest.raises(InputError, match="model.layers.1.mlp.up_proj.weight holds infinite or NaN values"):
         compress(job(broken, text, tmp_path / "out", recipe), silent)
 
 

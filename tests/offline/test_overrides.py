@@ -181,6 +181,7 @@ def test_an_expert_differs_from_no_other_expert(dense, text, tmp_path):
      "overrides re:.*dwon_proj: matches no linear that is compressed; their names are like model.layers.0.self_attn"),
     ({"overrides": {"lm_head": {"group_size": 32}}}, "overrides lm_head: matches no linear that is compressed"),
     ({"overrides": {"lm_head": 0.25}, "lm_head": 0.0}, "overrides lm_head: is the head, which has its sparsity from"),
+    ({"overrides": {"lm_head": {"sparsity": 0.5, "group_size": 32}}, "lm_head": 0.0}, "overrides lm_head: is the head"),
 ])  # fmt: skip
 def test_what_does_not_fit_is_refused_before_anything_is_written(dense, text, tmp_path, changes, says):
     with pytest.raises(InputError, match=says):

@@ -227,6 +227,14 @@ def test_a_loss_that_is_not_finite_stops_with_advice():
     assert torch.equal(parameter.detach(), torch.ones(3))
 
 
+def test_a_block_without_a_compressed_linear_is_left_alone(dense, text, tmp_path):
+    recipe = ALL.model_copy(update={"ignore": (r"re:.*layers\.0\..*",), "distill": None, "oqp": None})
+    compress(job(dense("llama"), text, tmp_path / "out", recipe), silent)
+    blocks = facts(tmp_path / "out")["blocks"]
+    assert ["curve" in block for block in blocks] == [False] + [True] * (len(blocks) - 1)
+    assert set(blocks[0]["errors"].values()) == {0.0}
+
+
 @pytest.mark.parametrize("stage", ["bqpo", "distill", "oqp"])
 def test_divergence_of_a_real_run_names_the_stage(dense, text, tmp_path, stage, monkeypatch):
     clip = torch.nn.utils.clip_grad_norm_
@@ -323,6 +331,8 @@ def test_an_epoch_holds_every_window_once_in_an_order_of_its_own():
     assert not torch.equal(seen[:count], seen[count : 2 * count])
     assert torch.equal(sample_order(9, 2, 1), sample_order(9, 2, 1))
     assert not torch.equal(sample_order(9, 2, 1), sample_order(9, 2, 2))
+    for seed in (2**63 - 1, -(2**63)):  # as a recipe may have them
+        assert sorted(sample_order(9, 2, seed).tolist()) == list(range(9))
 
 
 def test_learning_rates_rise_and_fall():
