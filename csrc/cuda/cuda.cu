@@ -21,8 +21,12 @@ struct Launch {
 template <class... P>
 int32_t launch(void (*kernel)(P...), const Launch& how, P... arguments) {
 #ifdef __CUDACC__
-    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                   cudaFuncAttributeMaxDynamicSharedMemorySize, how.shared_bytes);
+    const void* function = reinterpret_cast<const void*>(kernel);
+    cudaFuncAttributes now{};
+    cudaError_t error = cudaFuncGetAttributes(&now, function);
+    // Raised and never lowered: a graph may hold an earlier launch of the same kernel that needs more.
+    if (error == cudaSuccess && now.maxDynamicSharedSizeBytes < how.shared_bytes)
+        error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, how.shared_bytes);
     if (error != cudaSuccess) return error;
     cudaLaunchAttribute overlap{};
     overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;

@@ -34,6 +34,14 @@ def test_packing_is_undone_exactly(group_size, rows, density):
         assert torch.equal(tensor, weight.tensors()[name]), name
 
 
+def test_it_lies_on_the_cpu_whatever_the_default_device_is():
+    weight = random_matrix(33, 640, 16, 0.3)
+    with torch.device("meta"):
+        packed = SlabMatrix.pack(weight)
+        assert torch.equal(packed.unpack().qweight, weight.qweight)
+    assert {tensor.device.type for tensor in packed.tensors().values()} == {"cpu"}
+
+
 @pytest.mark.parametrize("columns", [16, 48, 16 * 300, 16 * 2000])
 def test_rows_wider_than_a_window(columns):
     weight = random_matrix(70, columns, 16, 0.2)

@@ -17,6 +17,7 @@ from tests.helpers import GATED, compress_randomly, edit_tensors, make_dense, qu
 from vllm_gqsa.format import FormatError
 from vllm_gqsa.plugin.config import GqsaQuantizationConfig
 from vllm_gqsa.plugin.linear import GqsaLinearMethod, GqsaVocabularyMethod
+from vllm_gqsa.plugin.matrix import _check_offload
 from vllm_gqsa.plugin.report import LoadReport
 
 Q, K, V = (f"model.layers.0.self_attn.{each}_proj" for each in "qkv")
@@ -124,6 +125,39 @@ def test_lora_on_a_compressed_head(targets, refused):
         with pytest.raises(NotImplementedError, match=f"{TABLE}: is compressed, and vLLM's LoRA layers need its dense"):
             make((TABLE,), ()).get_quant_method(Head(), "lm_head")
         assert make().get_quant_method(Head(), "lm_head") is None
+
+
+@pytest.mark.parametrize(("targets", "refused"), [(None, True), (["experts"], True), (["q_proj"], False)])
+def test_lora_on_compressed_experts(targets, refused, monkeypatch):
+    prefix = "model.layers.0.mlp.experts"
+    experts = [f"{prefix}.{each}.{name}_proj" for each in range(2) for name in ("gate", "up", "down")]
+    monkeypatch.setattr("vllm_gqsa.plugin.config._is_routed_experts", lambda _: True)
+    layer = torch.nn.Module()
+    layer.moe_config = SimpleNamespace(num_experts=2)
+    config = VllmConfig()
+    config.lora_config = LoRAConfig(target_modules=targets)
+    with set_current_vllm_config(config):
+        assert make(ignore=("re:.*experts.*",)).get_quant_method(layer, prefix) is None
+        if refused:
+            with pytest.raises(NotImplementedError, match=rf"{prefix}: is compressed.* or compress again with the exp"):
+                make(tuple(experts)).get_quant_method(layer, prefix)
+        else:
+            assert make(tuple(experts)).get_quant_method(layer, prefix) is not None
+
+
+@pytest.mark.parametrize("on_cpu", [True, False])
+@pytest.mark.parametrize(("option", "value"), [("cpu_offload_gb", 1), ("offload_group_size", 2)])
+def test_offloading_is_refused_on_a_gpu(on_cpu, option, value, monkeypatch):
+    monkeypatch.setattr("vllm_gqsa.plugin.matrix.current_platform", SimpleNamespace(is_cpu=lambda: on_cpu))
+    config = VllmConfig()
+    part = config.offload_config.uva if hasattr(config.offload_config.uva, option) else config.offload_config.prefetch
+    _check_offload(config)
+    monkeypatch.setattr(part, option, value)
+    if on_cpu:
+        _check_offload(config)
+        return
+    with pytest.raises(NotImplementedError, match="do not work with quantization gqsa"):
+        _check_offload(config)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -12,7 +12,7 @@ from vllm.config import VllmConfig, set_current_vllm_config
 
 from tests.helpers import random_matrix
 from tests.plugin.layers import config_for
-from vllm_gqsa.format import FormatError
+from vllm_gqsa.format import FormatError, GroupSparseMatrix
 from vllm_gqsa.plugin.moe import GqsaMoEMethod, expert_names
 
 EXPERTS, TOP, K, WIDE = 4, 2, 64, 96
@@ -121,6 +121,22 @@ def test_as_on_a_gpu(tokens, here, layout, monkeypatch):
     found = layer.quant_method.apply(layer, x, weights, ids.masked_fill(elsewhere, -1))
     assert (layer.quant_method._matrices[0].arguments(layer)[1] == "checkpoint") == (layout == "checkpoint")
     assert_close(found, (x, weights.masked_fill(elsewhere, 0), ids))
+
+
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_as_on_a_gpu_experts_that_were_not_chosen_may_overflow(tokens, monkeypatch):
+    """In float16 anything does that multiplies by weights as large as these."""
+    monkeypatch.setattr("vllm_gqsa.kernels.moe._host_may_wait", lambda _: False)
+    for name in NAMES.values():
+        full = f"m.experts.0.{name}"
+        old = MATRICES[full]
+        huge = GroupSparseMatrix.from_dense(3e3 * old.to_dense().sign(), old.keep(), old.group_size)
+        monkeypatch.setitem(MATRICES, full, huge)
+    layer, (x, weights, _) = loaded(0, 1, config=config_for(MATRICES)), routed(tokens)
+    for ids, finite in (((0, 1), False), ((-1, 1), True), ((2, 1), True)):
+        chosen = torch.tensor(ids).repeat(tokens, 1)
+        found = layer.quant_method.apply(layer, x.half(), weights.half(), chosen)
+        assert bool(found.isfinite().all()) == finite
 
 
 def test_as_on_a_gpu_the_copies_are_made_one_after_another(monkeypatch):

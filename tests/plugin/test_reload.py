@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("vllm", reason="needs vLLM")
 
-from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.config import VllmConfig, get_current_vllm_config, set_current_vllm_config
 from vllm.model_executor.model_loader import reload
 
 from tests.helpers import random_matrix
@@ -155,3 +155,36 @@ def test_vllm_may_begin_twice_in_one_load(engine, same):
     else:
         with pytest.raises(FormatError, match=r"m.gate_proj.\* missing from the checkpoint"):
             reload.finalize_layerwise_reload(layer, None)
+
+
+def compiled_for(monkeypatch, matrices, *, native=True):
+    """What vLLM keeps compiled code under, once a layer with these matrices is loaded."""
+    pretend(monkeypatch, 0, 1)
+    with monkeypatch.context() as patch, set_current_vllm_config(VllmConfig()):
+        if not native:
+            patch.setattr("vllm_gqsa.kernels.native.available", lambda: False)
+        vllm_config = get_current_vllm_config()
+        before = vllm_config.compute_hash()
+        layer = gate_up(config_for(matrices))
+        load(layer, list(enumerate(matrices.values())))
+        assert vllm_config.compute_hash() == before
+        layer.quant_method.process_weights_after_loading(layer)
+        return before, vllm_config.compute_hash()
+
+
+def test_compiled_code_is_kept_by_layout_and_shapes(monkeypatch):
+    """They follow from masks and installed kernels, which vLLM's own settings do not tell."""
+    before, a = compiled_for(monkeypatch, A)
+    assert a != before
+    assert compiled_for(monkeypatch, B) == (before, a)  # the same masks
+    others = [compiled_for(monkeypatch, model(10, 0.25)), compiled_for(monkeypatch, A, native=False)]
+    assert [each[0] for each in others] == [before, before]
+    assert len({a, *(each[1] for each in others)}) == 3
+
+
+def test_a_reload_leaves_compiled_code_valid(engine):
+    before = get_current_vllm_config().compute_hash()
+    begin(engine)
+    feed(engine, B)
+    end(engine)
+    assert get_current_vllm_config().compute_hash() == before

@@ -65,7 +65,8 @@ def _moe(
         for expert, chosen, share in assignments:
             gate, up = _expert(tokens[chosen], first, expert, 2 * width).chunk(2, dim=-1)
             result = _expert(act(gate) * up, second, expert, hidden)
-            out[chosen] += result.float() * share[:, None]
+            # A token that did not choose the expert has share 0, and its result may have overflowed.
+            out[chosen] += (result.float() * share[:, None]).masked_fill_(share[:, None] == 0, 0)
     return out.to(x.dtype).view(x.shape)
 
 
@@ -103,7 +104,7 @@ def _gathered(
     act: Callable[[torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
     """A few tokens, each with a copy of its own of its experts' weights: ``[M, K]`` in float32."""
-    ids = topk_ids.clamp(min=0).flatten()  # experts of other ranks have any weights, and no share
+    ids = topk_ids.clamp(min=0).flatten()  # in place of experts of other ranks, any; what comes out is dropped
 
     def multiply(x: torch.Tensor, stack: Matrix, rows: int) -> torch.Tensor:
         step = max(1, _DENSE_BYTES // (rows * stack.in_features * x.element_size()))
@@ -117,7 +118,7 @@ def _gathered(
     each = tokens.repeat_interleave(topk_ids.shape[1], 0)
     gate, up = multiply(each, gate_up, 2 * down.in_features).chunk(2, dim=-1)
     result = multiply(act(gate) * up, down, gate_up.in_features).float().view(*topk_ids.shape, -1)
-    return (result * topk_weights.where(topk_ids >= 0, 0)[..., None]).sum(1)
+    return (result * topk_weights[..., None]).masked_fill_((topk_ids < 0)[..., None], 0).sum(1)
 
 
 def _expert(x: torch.Tensor, stack: Matrix, expert: int, rows: int) -> torch.Tensor:

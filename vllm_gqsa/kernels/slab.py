@@ -112,7 +112,8 @@ class SlabMatrix:
             *threads,
         )
         try:
-            packed = cls._empty(matrix, library.gqsa_slab_records(plan))
+            with torch.device("cpu"):  # whatever the default is: the library writes there
+                packed = cls._empty(matrix, library.gqsa_slab_records(plan))
             library.gqsa_slab_fill(plan, packed._pointers(), *threads)
         finally:
             library.gqsa_slab_free(plan)
@@ -141,14 +142,15 @@ class SlabMatrix:
         """The matrix in the checkpoint's order, on the device of this one."""
         device, here = self.qweight.device, self.to("cpu")
         groups, nnz = self.in_features // self.group_size, int(here.crow_indices[-1])
-        matrix = GroupSparseMatrix(
-            crow_indices=here.crow_indices,
-            group_mask=torch.zeros(self.out_features, -(-groups // 8), dtype=torch.uint8),
-            qweight=torch.empty(nnz, self.group_size // 2, dtype=torch.uint8),
-            scale_zero=torch.empty(nnz, dtype=torch.int16),
-            in_features=self.in_features,
-            group_size=self.group_size,
-        )
+        with torch.device("cpu"):
+            matrix = GroupSparseMatrix(
+                crow_indices=here.crow_indices,
+                group_mask=torch.zeros(self.out_features, -(-groups // 8), dtype=torch.uint8),
+                qweight=torch.empty(nnz, self.group_size // 2, dtype=torch.uint8),
+                scale_zero=torch.empty(nnz, dtype=torch.int16),
+                in_features=self.in_features,
+                group_size=self.group_size,
+            )
         _library().gqsa_slab_unpack(
             *(here._pointers(), here.rows.shape[0], here.crow_indices.data_ptr(), matrix.group_mask.shape[1]),
             *(groups, self.group_size),

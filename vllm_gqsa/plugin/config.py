@@ -214,7 +214,7 @@ class GqsaQuantizationConfig(QuantizationConfig):
         for each in {name, prefix}:
             if is_ignored(each, config.ignore):
                 raise ValueError(f"{each}: config.json ignores it, and lists {name}, its own matrix, as compressed")
-        _check_lora(name)
+        _check_lora(name, {EMBEDDING, HEAD}, "compress again without --lm-head")
         self._asked.add(name)
         return GqsaVocabularyMethod(config, Sources.of(prefix or name, [name], config), self._report)
 
@@ -231,6 +231,7 @@ class GqsaQuantizationConfig(QuantizationConfig):
         flat = [name for expert in names for name in expert.values()]
         if not self._is_compressed(prefix, flat, config):
             return None
+        _check_lora(prefix, {prefix.rpartition(".")[2]}, "compress again with the experts on the ignore list")
         return GqsaMoEMethod(layer.moe_config, config, names, self._report)
 
     # -- names ---------------------------------------------------------------------------------------------
@@ -286,8 +287,8 @@ def _weights_in_hand() -> Any:  # noqa: ANN401 - whatever yields names and tenso
     return found
 
 
-def _check_lora(name: str) -> None:
-    """Check that no LoRA layer will be put round a compressed vocabulary: those of vLLM read its dense weight.
+def _check_lora(name: str, modules: set[str], advice: str) -> None:
+    """Check that no LoRA layer will be put round a compressed vocabulary, or experts: those of vLLM read dense weights.
 
     Raises:
         NotImplementedError: one will.
@@ -296,10 +297,10 @@ def _check_lora(name: str) -> None:
 
     lora = get_current_vllm_config().lora_config
     targets = None if lora is None else lora.target_modules
-    if lora is not None and (targets is None or {EMBEDDING, HEAD} & set(targets)):
+    if lora is not None and (targets is None or modules & set(targets)):
         raise NotImplementedError(
             f"{name}: is compressed, and vLLM's LoRA layers need its dense weight; name other modules with "
-            "--lora-target-modules, or compress again without --lm-head"
+            f"--lora-target-modules, or {advice}"
         )
 
 

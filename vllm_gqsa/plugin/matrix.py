@@ -1,9 +1,12 @@
 """One matrix of a layer on one rank, from empty placeholders to the tensors of its kernel."""
 
+import hashlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from vllm.config import get_current_vllm_config
+from vllm.platforms import current_platform
 
 from vllm_gqsa import kernels
 from vllm_gqsa.format import TENSORS, FormatError, GroupSparseMatrix
@@ -17,6 +20,8 @@ __all__ = ["LayerMatrix", "process"]
 _DUMMY_SEED = 0
 _PICKLED = ("npcache", "pt")
 _PICKLED_IF_NEED_BE = ("auto", "hf")
+_COMPILED = "gqsa"
+"""Key in vLLM's additional_config."""
 
 
 class LayerMatrix:
@@ -44,9 +49,12 @@ class LayerMatrix:
             choice: which kernel will compute with it, by type of device, dtype and group size.
 
         Raises:
+            NotImplementedError: vLLM was told to offload weights of a GPU.
             ValueError: vLLM was told to read pickles.
         """
-        load_config = get_current_vllm_config().load_config
+        vllm_config = get_current_vllm_config()
+        _check_offload(vllm_config)
+        load_config = vllm_config.load_config
         load_format = load_config.load_format
         if load_format in _PICKLED:
             raise ValueError(f"--load-format {load_format} reads pickles; a GQSA checkpoint is made of safetensors")
@@ -59,6 +67,7 @@ class LayerMatrix:
         self._dtype = torch.get_default_dtype()  # the model's, while vLLM builds it
         report.expect(plan.sources.names)
         self._choice = choice
+        self._additional = vllm_config.additional_config
         self._prefix = prefix
         self._dummy = load_format == "dummy"
         self._layout = ""
@@ -101,8 +110,19 @@ class LayerMatrix:
             layer.register_parameter(self._prefix + name, parameter)
         self._layout = kernels.layout_of(prepared)
         self._shapes = {name: tensor.shape for name, tensor in prepared.tensors().items()}
+        if not self.staging.loaded:
+            self._tell_compiler()
         self.staging.loaded = True
         self._report.done(self.plan, self._choice(self._device(layer).type, self._dtype, self.plan.group_size))
+
+    def _tell_compiler(self) -> None:
+        """Make layout and shapes part of what vLLM knows compiled code by, when it keeps it for the next start.
+
+        They follow from the mask and from the kernels that are installed, neither of which its own settings tell.
+        """
+        if isinstance(self._additional, dict):
+            text = f"{self._additional.get(_COMPILED, '')} {self._layout} {list(self._shapes.items())}"
+            self._additional[_COMPILED] = hashlib.sha256(text.encode()).hexdigest()
 
     def to_dense(self, layer: torch.nn.Module, dtype: torch.dtype) -> torch.Tensor:
         """The dense weight ``[N, K]`` of this rank, also between loading and processing.
@@ -150,6 +170,23 @@ class LayerMatrix:
             placeholder = getattr(layer, self._prefix + piece, None)
             if self.staging.loaded and isinstance(placeholder, Placeholder):
                 layer.register_parameter(self._prefix + piece, placeholder.on_meta())
+
+
+def _check_offload(vllm_config: Any) -> None:  # noqa: ANN401 - vLLM's VllmConfig
+    """Check that no weights are to be moved off a GPU.
+
+    Raises:
+        NotImplementedError: they are.
+    """
+    offload = getattr(vllm_config, "offload_config", None)
+    if current_platform.is_cpu() or offload is None:
+        return
+    if offload.uva.cpu_offload_gb or offload.prefetch.offload_group_size:
+        raise NotImplementedError(
+            "--cpu-offload-gb and --offload-group-size do not work with quantization gqsa: vLLM chooses what to "
+            "offload before compressed weights have a size; leave them out, and spread the model over several GPUs "
+            "instead"
+        )
 
 
 def process(layer: torch.nn.Module, matrices: Sequence[LayerMatrix]) -> None:
