@@ -51,6 +51,11 @@ class Method:
         return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
 
     @property
+    def is_peers(self) -> bool:
+        """Whether the model is as a peer's package leaves it."""
+        return self.peer is not None and self.recipe is None
+
+    @property
     def tokens(self) -> int:
         """Tokens that the model sees in end-to-end training."""
         if self.recipe is None:

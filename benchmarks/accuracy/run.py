@@ -104,7 +104,7 @@ class Bench:
         place.mkdir(parents=True, exist_ok=True)
         self.say(f"{method.name} ({place})")
         model, bits = self._make(method, place)
-        on_gpu = self.device.startswith("cuda") and not (method.peer and method.recipe is None)  # peers compute on CPUs
+        on_gpu = self.device.startswith("cuda") and not method.is_peers  # which compute on CPUs
         facts = {
             "method": method.name, "tables": list(method.tables), "bits_per_weight": bits,
             "tokens_trained": method.tokens, "minutes": _minutes(self._clocked(method, place)),
@@ -175,7 +175,7 @@ class Bench:
 
     def _clocked(self, method: Method, place: Path) -> Path:
         """Where it stands how long the model took; the training alone, where it begins with a peer's."""
-        return self._peer_clock(method.peer) if method.peer and method.recipe is None else place / MINUTES
+        return self._peer_clock(method.peer) if method.peer and method.is_peers else place / MINUTES
 
     def _windows(self, recipe: Recipe) -> tuple[torch.Tensor, torch.Tensor]:
         """Windows to calibrate on and to train on, as `gqsa compress` would choose them."""

@@ -65,8 +65,10 @@ def _moe(
         for expert, chosen, share in assignments:
             gate, up = _expert(tokens[chosen], first, expert, 2 * width).chunk(2, dim=-1)
             result = _expert(act(gate) * up, second, expert, hidden)
-            # A token that did not choose the expert has share 0, and its result may have overflowed.
-            out[chosen] += (result.float() * share[:, None]).masked_fill_(share[:, None] == 0, 0)
+            part = result.float() * share[:, None]
+            if not may_wait:  # a token that did not choose the expert has share 0, and its result may have overflowed
+                part.masked_fill_(share[:, None] == 0, 0)
+            out[chosen] += part
     return out.to(x.dtype).view(x.shape)
 
 
