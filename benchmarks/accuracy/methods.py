@@ -95,6 +95,7 @@ def methods(budget: Budget) -> list[Method]:
         Method("W2 g64 + distillation", main, rival, "gptq-w2"),
         Method("W3 g64 + distillation", main, rival, "gptq-w3"),
         *(Method(f"GQSA, recipe {name}", ("main", "recipes"), NAMED[name]) for name in ("quick", "default", "best")),
+        Method("GQSA, recipe default, 30 %", ("main", "recipes"), NAMED["default"].changed({"sparsity": 0.3})),
         Method("W4S50 one-shot", ("sparsity", "stages", "importance"), ours()),
         *(Method(f"W4S{p} one-shot", ("sparsity",), ours(sparsity=p / 100)) for p in (0, 20, 30, 40)),
         *(Method(f"W4S{p} G16", ("sparsity",), ours(sparsity=p / 100, **trained)) for p in (20, 40)),
