@@ -105,7 +105,7 @@ def write_gptq(dense: Path, folder: Path, group_size: int) -> None:
 def _compress(dense: Path, folder: Path, calibration: Path, log: Path, *options: str) -> None:
     command = [
         str(Path(sys.executable).with_name("gqsa")), "compress", str(dense), str(folder),
-        "--recipe", "one-shot", "--pattern", "row", "--sparsity", str(SPARSITY), "--group-size", str(GROUP_SIZE),
+        "--recipe", "one-shot", "--sparsity", str(SPARSITY), "--group-size", str(GROUP_SIZE),
         "--calibration", str(calibration), "--samples", str(_SAMPLES), "--context", str(_CONTEXT), *options,
     ]  # fmt: skip
     with log.open("w", encoding="utf-8") as output:
