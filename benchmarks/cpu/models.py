@@ -45,7 +45,7 @@ _CONTEXT = 256
 def write_smollm2(folder: Path, say: Callable[[str], None]) -> dict[str, Path]:
     """SmolLM2-135M dense, as GPTQ and twice as GQSA; what is there already is kept. Returns the folders by form.
 
-    The quantised forms are made for speed alone: rounding to nearest, and a one-shot compression of few samples.
+    The quantised forms are made for speed alone: rounding to nearest, and the recipe one-shot with few samples.
 
     Raises:
         BenchmarkError: the model is not there, or could not be converted.
