@@ -95,7 +95,7 @@ class GradualPruning(WholeModel):
     straight through.
     """
 
-    weight_lr: float = Field(default=1e-3, ge=0)
+    weight_lr: float = Field(default=4e-4, ge=0)
     """Learning rate of the weights."""
     ramp: float = Field(default=0.6, ge=0, lt=1)
     """Share of the steps in which the share of pruned groups rises."""
@@ -351,7 +351,7 @@ NAMED: Mapping[str, Recipe] = {
     "one-shot": Recipe(pattern="model", importance="kfac"),
     "quick": Recipe(pattern="model", prune=GradualPruning(tokens=110_000, batch=1)),
     "default": Recipe(pattern="model", prune=GradualPruning(tokens=550_000, batch=1)),
-    "best": Recipe(pattern="model", prune=GradualPruning(tokens=3_000_000, batch=2)),
+    "best": Recipe(pattern="model", prune=GradualPruning(tokens=3_000_000, batch=2, weight_lr=1e-3)),
     "blockwise": Recipe(pattern="matrix", importance="kfac", bqpo=BlockTraining()),
 }
 """Recipes by name. ``blockwise`` is for models too large to be trained as a whole."""

@@ -106,7 +106,7 @@ def plot(document: Row, path: Path) -> None:
     mpl.use("Agg")
     import matplotlib.pyplot as plt  # noqa: PLC0415
 
-    figure, axis = plt.subplots(figsize=(9, 6))
+    figure, axis = plt.subplots(figsize=(9, 9))
     rows = _methods(document, "main")
     labels = [_label(score) for row in rows for score in row["scores"]]
     text = max(labels, key=labels.count, default="")
@@ -122,12 +122,12 @@ def plot(document: Row, path: Path) -> None:
         ours = row["method"].startswith(("W4S", "GQSA"))
         axis.scatter(bits, perplexity, color="tab:blue" if ours else "tab:orange")
         # Of two points side by side one has its name at the left.
-        near = any(abs(bits - b) < 0.1 and 0.8 < perplexity / p < 1.25 for b, p in at_right)
+        near = any(abs(bits - b) < 0.1 and 0.87 < perplexity / p < 1.15 for b, p in at_right)
         axis.annotate(row["method"], (bits, perplexity), xytext=(-4 if near else 4, 4),
                       ha="right" if near else "left", textcoords="offset points", fontsize=8)  # fmt: skip
         if not near:
             at_right.append((bits, perplexity))
-    axis.margins(x=0.15)
+    axis.margins(x=0.35)
     axis.set(xlabel="bits a weight, all included", ylabel="perplexity", yscale="log")
     axis.set_title(f"{document['model']}: {text}")
     figure.tight_layout()
