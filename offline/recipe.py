@@ -29,10 +29,22 @@ Importance = Literal["obs", "wanda", "block-obs", "kfac"]
 Precision = Literal["auto", "bfloat16", "float32"]
 
 
-class Training(BaseModel):
-    """What the settings of all training stages have in common: AdamW, warm-up, cosine, clipped gradients."""
+class Settings(BaseModel):
+    """Values by name; a name that is not there is an error, which lists those that are."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, values: Any) -> Any:  # noqa: ANN401 - whatever stands in the file
+        unknown = [name for name in values if name not in cls.model_fields] if isinstance(values, Mapping) else []
+        if unknown:
+            raise ValueError(f"{unknown[0]} is not a setting; there are {', '.join(cls.model_fields)}")
+        return values
+
+
+class Training(Settings):
+    """What the settings of all training stages have in common: AdamW, warm-up, cosine, clipped gradients."""
 
     norm_lr: float = Field(default=1e-4, ge=0)
     """Learning rate of norms and biases; 0 leaves them as they are."""
@@ -121,10 +133,8 @@ class Distillation(EndToEnd):
     """Learning rate of the kept weights."""
 
 
-class Override(BaseModel):
+class Override(Settings):
     """What is other for some linears; a number alone is a sparsity."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     sparsity: float | None = Field(default=None, ge=0, lt=1)
     """Share of groups that is pruned."""
@@ -152,10 +162,8 @@ class Override(BaseModel):
         return {name: value for name, value in self if value is not None}
 
 
-class Recipe(BaseModel):
+class Recipe(Settings):
     """Settings of one compression; together with the model and the text they determine the checkpoint."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     sparsity: float = Field(default=0.5, ge=0, lt=1)
     """Share of groups that is pruned."""

@@ -68,7 +68,7 @@ def test_the_first_entry_that_gives_a_setting_counts_for_it():
     ("[1]", "overrides.re:x.sparsity: Input should be a valid number"),
     ("{}", "overrides.re:x: gives neither sparsity nor group_size"),
     ("", "overrides.re:x: gives neither sparsity nor group_size"),
-    ("{bits: 3}", "overrides.re:x.bits: Extra inputs are not permitted"),
+    ("{bits: 3}", "overrides.re:x: bits is not a setting; there are sparsity, group_size"),
 ])  # fmt: skip
 def test_entries_that_break_the_rules(override, says, tmp_path):
     path = tmp_path / "r.yaml"

@@ -33,7 +33,9 @@ def test_what_a_file_leaves_out_is_as_in_one_shot(tmp_path):
 
 
 @pytest.mark.parametrize(("text", "says"), [
-    ("sparsety: 0.5", r"r.yaml: sparsety: Extra inputs are not permitted"),
+    ("sparsety: 0.5", r"r.yaml: sparsety is not a setting; there are sparsity, lm_head, group_size"),
+    ("1: 0.5", r"r.yaml: 1 is not a setting; there are sparsity"),
+    ("prune: {tokens: 9, weigt_lr: 1}", r"r.yaml: prune: weigt_lr is not a setting; there are norm_lr, .*weight_lr"),
     ("distill: {tokens: 0}", r"r.yaml: distill.tokens: Input should be greater than or equal to 1"),
     ("bqpo: {loss: huber}", r"r.yaml: bqpo.loss: Input should be"),
     ("group_size: 12", r"r.yaml: group_size 12 is not one of"),
