@@ -30,7 +30,7 @@ constexpr int kPanelRows = 64;       // rows that share their bases
 constexpr int kSortRows = 1024;      // rows that are sorted together; prefill expands this many at a time
 constexpr int kRecordWeights = 64;   // kept weights of one row in a record
 constexpr int kColumnWindow = 256;   // columns of a record span less than this
-constexpr int kMaxSlabs = 1 << 16, kMaxColumns = 1 << 14;  // what a head can number
+constexpr int kMaxColumns = 1 << 14;  // what a head can number
 
 // Group size as stored.
 GQSA_BOTH constexpr int stored_group_size(int group_size) { return group_size < 64 ? group_size : 64; }

@@ -115,7 +115,8 @@ def test_what_was_never_run_says_so():
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_targets_and_options_in_the_text_exist(page, vllm_parser):
     options = {"--quick", "--marlin", "--model", "--only", "--windows"}  # of benchmarks.kernels and benchmarks.accuracy
-    options |= {each for command in get_command(app).commands.values() for p in command.params for each in p.opts}
+    parameters = [each for command in get_command(app).commands.values() for each in command.params]
+    options |= {name for each in parameters for name in (*each.opts, *each.secondary_opts)}
     options |= set(vllm_parser._option_string_actions) | set(get_args_parser()._option_string_actions)
     for text in inline_code(page):
         for target in re.findall(r"\bmake ([a-z-]+)", text):

@@ -309,6 +309,8 @@ def _linear_dense(x: torch.Tensor, weight: PackedMatrix, bias: torch.Tensor | No
 def partition(crow_indices: torch.Tensor, shares: int) -> list[int]:
     """First row of each thread's share, and N: rows are cut so that all keep about the same number of groups.
 
+    The kernels cut them by the same code themselves; this shows it, to the tests.
+
     Args:
         crow_indices: int32 ``[N + 1]`` on the CPU.
         shares: number of threads.
