@@ -359,7 +359,7 @@ NAMED: Mapping[str, Recipe] = {
     "one-shot": Recipe(pattern="model", importance="kfac"),
     "quick": Recipe(pattern="model", prune=GradualPruning(tokens=110_000, batch=1)),
     "default": Recipe(pattern="model", prune=GradualPruning(tokens=550_000, batch=1)),
-    # Measured with this rate; with that of the others not yet.
+    # With two windows a step the smaller rate of the others was no better (docs/accuracy.md).
     "best": Recipe(pattern="model", prune=GradualPruning(tokens=3_000_000, batch=2, weight_lr=1e-3)),
     "blockwise": Recipe(pattern="matrix", importance="kfac", bqpo=BlockTraining()),
 }

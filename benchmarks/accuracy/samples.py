@@ -32,9 +32,9 @@ def main(arguments: list[str]) -> int:
         print("usage: benchmarks.accuracy.samples LABEL=FOLDER ...", file=sys.stderr)
         return 2
     answers = {label: _answers(folder) for label, folder in models}
-    print(f"Greedy decoding in float32, at most {NEW_TOKENS} tokens, by the models' chat template, nothing left out.")
+    print(f"Greedy decoding in float32, at most {NEW_TOKENS} tokens, by the models' chat template, nothing left out.\n")
     for number, prompt in enumerate(PROMPTS):
-        print(f"\n## {prompt}\n")
+        print(f"## {prompt}\n")
         for label, texts in answers.items():
             print(f"**{label}**\n\n````text\n{texts[number]}\n````\n")
     return 0
