@@ -61,9 +61,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Make, look at, check and measure GQSA checkpoints: group-sparse INT4 language models for vLLM.",
 )
-# What a program may read goes to stdout, everything else to stderr.
-_out = Console()
-_err = Console(stderr=True)
+# What a program may read goes to stdout, everything else to stderr. No emoji: rich would make one of the :x: in re:x:.
+_out = Console(emoji=False)
+_err = Console(stderr=True, emoji=False)
 _SILENCE = 60
 """Seconds after which a log gets a line again, though no tenth is done."""
 

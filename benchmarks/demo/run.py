@@ -37,7 +37,7 @@ DENSE_BITS = 16
 # Everything is on the machine; and the bars of transformers would stand between those of gqsa.
 QUIET_AND_OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
-console = Console(width=None if sys.stdout.isatty() else 110)
+console = Console(emoji=False, width=None if sys.stdout.isatty() else 110)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -77,6 +77,15 @@ def test_entries_that_break_the_rules(override, says, tmp_path):
         Recipe.read(str(path))
 
 
+def test_the_entry_is_printed_as_it_stands_in_the_file(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "r.yaml"
+    path.write_text("overrides: {'re:x': {bits: 3}}\n")
+    arguments = ["compress", "model", tmp_path / "out", "--recipe", path, "--calibration", "text.txt"]
+    code, _, err = run(monkeypatch, capsys, *arguments)
+    assert (code, err) == (2, f"error: {path}: overrides.re:x: bits is not a setting; there are sparsity, group_size\n")
+    assert not (tmp_path / "out").exists()
+
+
 def test_patterns_of_n_m_take_other_group_sizes_but_no_other_sparsities():
     Recipe(pattern="1:2", overrides={"a": {"group_size": 32}})
     with pytest.raises(ValueError, match="pattern 1:2 prunes the same share everywhere; leave out sparsities"):
